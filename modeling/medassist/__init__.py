@@ -1,0 +1,1 @@
+"""MedAssistGPT: a decoder with RoPE, grouped-query attention, SwiGLU, RMSNorm and a tied head."""

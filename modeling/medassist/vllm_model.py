@@ -1,0 +1,310 @@
+"""MedAssistGPT for vLLM: paged KV cache, tensor and pipeline parallelism, LoRA, quantisation, torch.compile.
+
+Loaded in the engine only, through ``serving.plugin``. Reads the checkpoint directory as it is: the weights of
+``q_proj``, ``k_proj``, ``v_proj`` and of ``gate_proj``, ``up_proj`` are stacked on the way in.
+
+Keys are cached after rotation, so prefix caching, chunked prefill and pipeline parallelism need nothing special even
+in the flattened layout, whose scores depend on absolute positions.
+
+Shapes: N tokens of all running requests, C hidden_size, F intermediate_size, H query heads, K key/value heads and
+D head_dim of this tensor-parallel rank.
+"""
+
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CacheConfig, VllmConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP, SupportsQuant
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    PPMissingLayer,
+    WeightsMapper,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.sequence import IntermediateTensors
+
+from modeling.layers.rope import cos_sin, inverse_frequencies, rotate_neighbours
+from modeling.medassist.config import MedAssistGPTConfig
+
+
+class FlattenedRotary(nn.Module):
+    """The flattened layout for this rank's heads: one table row holds the angles of the queries, then of the keys.
+
+    Queries and keys lie side by side in the fused projection, so a single rotation serves both.
+    """
+
+    def __init__(self, config: MedAssistGPTConfig, num_heads: int, num_kv_heads: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        half = config.head_dim // 2
+        first_q = rank * num_heads
+        # With more ranks than key/value heads, neighbouring ranks hold copies of the same head.
+        copies = max(1, ranks // config.num_key_value_heads)
+        first_kv = (rank // copies) * num_kv_heads
+        # Frequencies run over the whole width, of which this rank holds a contiguous part.
+        inv_q = inverse_frequencies(config.num_attention_heads * config.head_dim, config.rope_theta)
+        inv_k = inverse_frequencies(config.num_key_value_heads * config.head_dim, config.rope_theta)
+        inv_freq = torch.cat(
+            (
+                inv_q[first_q * half : (first_q + num_heads) * half],
+                inv_k[first_kv * half : (first_kv + num_kv_heads) * half],
+            )
+        )
+        positions = torch.arange(config.max_position_embeddings, dtype=torch.float32, device="cpu")
+        cos, sin = cos_sin(positions, inv_freq)  # (max_position_embeddings, (H + K) * D/2)
+        device = torch.get_default_device()
+        self.cos = nn.Buffer(cos.to(device), persistent=False)
+        self.sin = nn.Buffer(sin.to(device), persistent=False)
+
+    def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Gathered once per step, shared by all layers: ``(N, (H + K) * D/2)`` each."""
+        return self.cos[positions], self.sin[positions]
+
+    @staticmethod
+    def rotate(qk: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotates ``qk`` of shape ``(N, (H + K) * D)``."""
+        cos, sin = rows
+        if qk.device.type == "cpu" and not torch.compiler.is_compiling():
+            # One complex product is several times faster than real arithmetic in eager mode on a CPU.
+            pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)).contiguous())
+            return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(qk.dtype)
+        return rotate_neighbours(qk, cos, sin)
+
+
+class MedAssistAttention(nn.Module):
+    def __init__(
+        self,
+        config: MedAssistGPTConfig,
+        cache_config: CacheConfig | None,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        ranks = get_tensor_model_parallel_world_size()
+        self.num_heads = config.num_attention_heads // ranks
+        self.num_kv_heads = max(1, config.num_key_value_heads // ranks)
+        self.q_size = self.num_heads * config.head_dim
+        self.kv_size = self.num_kv_heads * config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size=config.hidden_size,
+            head_size=config.head_dim,
+            total_num_heads=config.num_attention_heads,
+            total_num_kv_heads=config.num_key_value_heads,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            input_size=config.num_attention_heads * config.head_dim,
+            output_size=config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.rotary_emb = None
+        if config.rope_layout == "per_head":
+            self.rotary_emb = get_rope(
+                config.head_dim,
+                max_position=config.max_position_embeddings,
+                rope_parameters=config.rope_parameters,
+                is_neox_style=True,
+            )
+        self.attn = Attention(
+            self.num_heads,
+            config.head_dim,
+            scale=config.head_dim**-0.5,
+            num_kv_heads=self.num_kv_heads,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: Tensor, x: Tensor, rope_rows: tuple[Tensor, Tensor] | None) -> Tensor:
+        qkv, _ = self.qkv_proj(x)  # (N, (H + 2K) * D)
+        if rope_rows is None:
+            assert self.rotary_emb is not None
+            q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+            q, k = self.rotary_emb(positions, q, k)
+        else:
+            qk, v = qkv.split([self.q_size + self.kv_size, self.kv_size], dim=-1)
+            q, k = FlattenedRotary.rotate(qk, rope_rows).split([self.q_size, self.kv_size], dim=-1)
+        out, _ = self.o_proj(self.attn(q, k, v))
+        return out  # (N, C)
+
+
+class MedAssistMLP(nn.Module):
+    def __init__(self, config: MedAssistGPTConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size,
+            [config.intermediate_size] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.down_proj",
+        )
+        self.act_fn = SiluAndMul()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_up, _ = self.gate_up_proj(x)  # (N, 2F)
+        out, _ = self.down_proj(self.act_fn(gate_up))
+        return out  # (N, C)
+
+
+class MedAssistDecoderLayer(nn.Module):
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        quant_config = vllm_config.quant_config
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = MedAssistAttention(config, vllm_config.cache_config, quant_config, f"{prefix}.self_attn")
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MedAssistMLP(config, quant_config, f"{prefix}.mlp")
+
+    def forward(
+        self, positions: Tensor, x: Tensor, residual: Tensor | None, rope_rows: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        # vLLM's RMSNorm adds to the residual and normalises in one kernel.
+        if residual is None:
+            residual = x
+            x = self.input_layernorm(x)
+        else:
+            x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(positions, x, rope_rows)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+@support_torch_compile(
+    dynamic_arg_dims={
+        "input_ids": {0: "n"},
+        "positions": {0: "n"},
+        "intermediate_tensors": {0: "n"},
+        "inputs_embeds": {0: "n"},
+    }
+)
+class MedAssistGPTModel(nn.Module):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        group = get_pp_group()
+        if group.is_first_rank or group.is_last_rank:  # the last rank needs it as its head
+            self.embed_tokens = VocabParallelEmbedding(
+                config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config
+            )
+        else:
+            self.embed_tokens = PPMissingLayer()
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            config.num_hidden_layers,
+            lambda prefix: MedAssistDecoderLayer(vllm_config, prefix),
+            prefix=f"{prefix}.layers",
+        )
+        self.norm = (
+            RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if group.is_last_rank else PPMissingLayer()
+        )
+        self.rotary = None
+        if config.rope_layout == "flattened":
+            ranks = get_tensor_model_parallel_world_size()
+            self.rotary = FlattenedRotary(
+                config, config.num_attention_heads // ranks, max(1, config.num_key_value_heads // ranks)
+            )
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], config.hidden_size
+        )
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        if get_pp_group().is_first_rank:
+            x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (N, C)
+            residual = None
+        else:
+            assert intermediate_tensors is not None
+            x, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+        rope_rows = self.rotary.rows(positions) if self.rotary is not None else None
+        for layer in islice(self.layers, self.start_layer, self.end_layer):
+            x, residual = layer(positions, x, residual, rope_rows)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": x, "residual": residual})
+        x, _ = self.norm(x, residual)
+        return x
+
+
+class MedAssistGPTForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".q_proj": (".qkv_proj", "q"),
+            ".k_proj": (".qkv_proj", "k"),
+            ".v_proj": (".qkv_proj", "v"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        }
+    )
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.model = MedAssistGPTModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            ).tie_weights(self.model.embed_tokens)
+        else:
+            self.lm_head = PPMissingLayer()
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)

@@ -1,0 +1,1 @@
+"""vLLM engines behind an OpenAI-compatible gateway."""
