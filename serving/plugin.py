@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-# Set by serving.engine for the processes it starts: the signal they get when their parent dies.
+# Set by serving.engine to its own process id: all processes of an engine die with their parents.
 DIE_WITH_PARENT = "MEDASSIST_DIE_WITH_PARENT"
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -80,11 +80,6 @@ class MedAssistGPTConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
 
-    @property
-    def rope_theta(self) -> float:
-        assert self.rope_parameters is not None  # set in __post_init__
-        return float(self.rope_parameters["rope_theta"])
-
     @classmethod
     def tiny(cls, **changes: Any) -> "MedAssistGPTConfig":
         """A few thousand parameters, for tests; its head size (32) is the smallest that vLLM's CPU attention takes."""

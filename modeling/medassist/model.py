@@ -116,13 +116,13 @@ class MedAssistGPTModel(MedAssistGPTPreTrainedModel):
     def _rope(self, positions: Tensor) -> tuple[CosSin, CosSin]:
         """Cosines and sines for queries and keys. The tables are rebuilt from the configuration: a buffer would be
         lost when the model is built on the meta device, and rounded by ``model.to(torch.bfloat16)``."""
-        c = self.config
+        c, theta = self.config, self.config.rope_parameters["rope_theta"]
         if c.rope_layout == "per_head":
-            table = cos_sin(positions, inverse_frequencies(c.head_dim, c.rope_theta))  # (B, T, D/2) each
+            table = cos_sin(positions, inverse_frequencies(c.head_dim, theta))  # (B, T, D/2) each
             return table, table
         return (
-            cos_sin(positions, inverse_frequencies(c.num_attention_heads * c.head_dim, c.rope_theta)),  # (B, T, H*D/2)
-            cos_sin(positions, inverse_frequencies(c.num_key_value_heads * c.head_dim, c.rope_theta)),  # (B, T, K*D/2)
+            cos_sin(positions, inverse_frequencies(c.num_attention_heads * c.head_dim, theta)),  # (B, T, H*D/2)
+            cos_sin(positions, inverse_frequencies(c.num_key_value_heads * c.head_dim, theta)),  # (B, T, K*D/2)
         )
 
     def forward(

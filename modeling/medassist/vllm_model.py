@@ -57,8 +57,9 @@ class FlattenedRotary(nn.Module):
         copies = max(1, ranks // config.num_key_value_heads)
         first_kv = (rank // copies) * num_kv_heads
         # Frequencies run over the whole width, of which this rank holds a contiguous part.
-        inv_q = inverse_frequencies(config.num_attention_heads * config.head_dim, config.rope_theta)
-        inv_k = inverse_frequencies(config.num_key_value_heads * config.head_dim, config.rope_theta)
+        theta = config.rope_parameters["rope_theta"]
+        inv_q = inverse_frequencies(config.num_attention_heads * config.head_dim, theta)
+        inv_k = inverse_frequencies(config.num_key_value_heads * config.head_dim, theta)
         inv_freq = torch.cat(
             (
                 inv_q[first_q * half : (first_q + num_heads) * half],

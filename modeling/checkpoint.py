@@ -1,0 +1,37 @@
+"""Checkpoint directories: the one format that training writes and Hugging Face and vLLM read.
+
+    config.json  model.safetensors  tokenizer.json  tokenizer_config.json  chat_template.jinja
+    generation_config.json  fingerprint.json
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from modeling import fingerprint
+
+
+def write(directory: Path, model: Any, tokenizer: Any, generation: dict[str, Any] | None = None) -> None:
+    """Writes a checkpoint directory, atomically: either the whole of it appears under its name, or nothing.
+
+    Args:
+        directory: replaced if it is there.
+        model: a ``PreTrainedModel`` of the registry; written in float32.
+        tokenizer: a Hugging Face fast tokenizer with a chat template.
+        generation: sampling defaults, such as ``{"temperature": 0.2, "top_p": 0.95}``.
+    """
+    from transformers import GenerationConfig
+
+    temporary = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = "float32"
+    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    model.generation_config = GenerationConfig(
+        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=bool(generation), **(generation or {})
+    )
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    fingerprint.record(model, temporary)
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)

@@ -1,0 +1,128 @@
+"""Does an engine compute what was trained? Compares it with the checkpoint's ``fingerprint.json``.
+
+``modeling.fingerprint`` writes that file and describes it. Nothing here needs torch: checksums are read from disk, and
+log-probabilities are asked of the engine over its ordinary completions route.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+# Largest difference of a log-probability, in nats. In float32 only the order of summation differs; the 16-bit formats
+# round every activation to 8 or 11 bits.
+TOLERANCE = {"float32": 1e-4, "float16": 0.1, "bfloat16": 0.5}
+
+
+class Mismatch(ValueError):
+    """The checkpoint or the engine is not what the fingerprint says; the message names both and the difference."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The largest difference found, in nats, over ``values`` log-probabilities."""
+
+    worst: float
+    values: int
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """Reads a checkpoint's fingerprint.
+
+    Raises:
+        Mismatch: there is none, or it is not one of version 1.
+    """
+    path = directory / "fingerprint.json"
+    try:
+        content = json.loads(path.read_text())
+        if content["version"] != 1:
+            raise Mismatch(f"{path} has version {content['version']!r}; this program reads version 1")
+        for probe in content["probes"]:
+            _check_shape(probe)
+        if not content["probes"] or "tokenizer.json" not in content["sha256"]:
+            raise KeyError("probes or the tokenizer's checksum")
+        if not any(name.endswith(".safetensors") for name in content["sha256"]):
+            raise KeyError("the weights' checksum")
+    except FileNotFoundError:
+        raise Mismatch(
+            f"{directory} has no fingerprint.json, so nothing shows that the engine computes what was trained. "
+            "Write the directory with modeling.checkpoint.write, or record one with modeling.fingerprint.record"
+        ) from None
+    except (KeyError, TypeError, json.JSONDecodeError) as e:
+        raise Mismatch(f"{path} is damaged: {e!r}") from e
+    return content
+
+
+def _check_shape(probe: dict[str, Any]) -> None:
+    if len(probe["logprobs"]) != len(probe["token_ids"]) - 1:
+        raise KeyError(f"{len(probe['logprobs'])} logprobs for {len(probe['token_ids'])} token_ids")
+    if len(probe["greedy_logprobs"]) != len(probe["greedy_ids"]):
+        raise KeyError(f"{len(probe['greedy_logprobs'])} greedy_logprobs for {len(probe['greedy_ids'])} greedy_ids")
+
+
+def verify_files(directory: Path) -> None:
+    """Compares the checksums of weights and tokenizer.
+
+    Raises:
+        Mismatch: a file differs, is missing, or is not in the fingerprint.
+    """
+    expected: dict[str, str] = read(directory)["sha256"]
+    present = {path.name for path in directory.glob("*.safetensors")}
+    if unknown := sorted(present - set(expected)):
+        raise Mismatch(f"{directory}: {unknown[0]} is not in fingerprint.json; remove it or record a new fingerprint")
+    for name, checksum in expected.items():
+        path = directory / name
+        if not path.exists():
+            raise Mismatch(f"{directory}: {name} is missing, fingerprint.json has its checksum")
+        with path.open("rb") as f:
+            actual = hashlib.file_digest(f, "sha256").hexdigest()
+        if actual != checksum:
+            raise Mismatch(
+                f"{directory}: {name} is not the file that was trained: its SHA-256 is {actual[:16]}..., "
+                f"fingerprint.json says {checksum[:16]}... (damaged, or replaced without a new fingerprint)"
+            )
+
+
+async def verify_engine(directory: Path, model: str, dtype: str, session: aiohttp.ClientSession, url: str) -> Report:
+    """Compares the engine's log-probabilities, of given tokens (prefill) and of its greedy answer (decode).
+
+    Args:
+        url: the engine's ``/v1/completions``.
+
+    Raises:
+        Mismatch: a value is further off than ``TOLERANCE[dtype]``, or the greedy tokens differ in float32.
+        aiohttp.ClientError: the engine does not answer.
+    """
+    worst, where, values = 0.0, "", 0
+    for number, probe in enumerate(read(directory)["probes"], 1):
+        ids, greedy = probe["token_ids"], probe["greedy_ids"]
+        request = {"model": model, "prompt": ids, "max_tokens": max(1, len(greedy)), "temperature": 0, "seed": 0,
+                   "echo": True, "logprobs": 0, "ignore_eos": True, "return_token_ids": True}  # fmt: skip
+        async with session.post(url, json=request) as response:
+            answer = await response.json()
+        if response.status != 200:
+            raise Mismatch(f"{directory}: the engine cannot compute probe {number} of fingerprint.json: {answer}")
+        choice = answer["choices"][0]
+        computed = choice["logprobs"]["token_logprobs"]
+        expected = probe["logprobs"] + probe["greedy_logprobs"]
+        for at, (a, b) in enumerate(zip(computed[1:], expected, strict=False), 1):
+            difference = abs(a - b)
+            values += 1
+            if not difference <= worst:  # also true of NaN
+                worst = difference
+                where = f"probe {number}, token {at}: trained {b:.6f}, served {a:.6f}"
+        chosen = choice["token_ids"][: len(greedy)]
+        if dtype == "float32" and chosen != greedy:
+            raise Mismatch(
+                f"{directory}: the engine does not compute what was trained: after probe {number} the trained model "
+                f"continues {greedy}, the engine {chosen}; log-probabilities are off by up to {worst:.3g}"
+            )
+    if not worst <= TOLERANCE[dtype]:
+        raise Mismatch(
+            f"{directory}: the engine does not compute what was trained: log-probabilities are off by up to "
+            f"{worst:.3g} ({where}), {TOLERANCE[dtype]:g} is allowed in {dtype}"
+        )
+    return Report(worst, values)

@@ -1,0 +1,195 @@
+"""``medassist serve``: engines, the gateway in front of them, and an orderly end."""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from serving import fingerprint
+from serving.engine import Engine, EngineOptions, StartFailed, on_cpu
+from serving.gateway.app import create_app
+
+logger = logging.getLogger("medassist")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to serve.
+
+    Attributes:
+        dtype: of weights and activations; "auto" is float32 on CPUs (bfloat16 is slower on most), bfloat16 on GPUs.
+        max_model_len: longest sequence in tokens; the model's own maximum if None.
+        eager: without torch.compile; None: eager on CPUs, where compiling costs half a minute and gains nothing.
+        threads: CPU threads of each engine; None: all cores but one, shared between the engines.
+        kv_cache_gib: KV cache of each engine on CPUs, GiB. On GPUs vLLM takes what is free.
+        drain_seconds: how long running requests may take to finish when the server is told to stop.
+        log_dir: folder for the engines' logs and ``engines.json`` (process ids and sockets); None: not kept.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    eager: bool | None = None
+    threads: int | None = None
+    kv_cache_gib: float = 1.0
+    drain_seconds: float = 30.0
+    log_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *fingerprint.TOLERANCE):
+            raise ValueError(f"--dtype must be auto, {', '.join(fingerprint.TOLERANCE)}; got {self.dtype!r}")
+        if self.kv_cache_gib <= 0:
+            raise ValueError(f"--kv-cache-gib must be above 0, got {self.kv_cache_gib}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {self.threads}")
+
+
+def run(checkpoints: list[Path], options: Options) -> int:
+    """Serves until told to stop. Returns the exit code: 0 after SIGTERM or Ctrl-C, 1 when an engine did not start.
+
+    Args:
+        checkpoints: checkpoint directories, or ``NAME=DIRECTORY``. A model is called like its directory (or like the
+            run, for a run's ``final``).
+
+    Raises:
+        ValueError: no such checkpoint, two of one name, or the port is taken.
+    """
+    named = name_checkpoints(checkpoints)
+    listener = _listen(options.host, options.port)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    with tempfile.TemporaryDirectory(prefix="medassist-") as runtime:
+        try:
+            import uvloop
+
+            return uvloop.run(_serve(named, options, listener, Path(runtime)))
+        except ImportError:
+            return asyncio.run(_serve(named, options, listener, Path(runtime)))
+
+
+def name_checkpoints(checkpoints: list[Path]) -> dict[str, Path]:
+    """Names for checkpoint directories.
+
+    Raises:
+        ValueError: not a checkpoint directory, or a name is used twice.
+    """
+    named: dict[str, Path] = {}
+    for given in checkpoints:
+        name, equals, path = str(given).rpartition("=")
+        directory = Path(path).resolve()
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"{path} is not a checkpoint directory: it has no config.json")
+        if not equals:
+            name = directory.parent.name if directory.name == "final" else directory.name
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", name):
+            raise ValueError(f"{name!r} cannot be a model's name (letters, digits, '.', '_', '-'): say NAME={path}")
+        if name in named:
+            raise ValueError(f"two checkpoints are called {name!r}: name one with NAME={path}")
+        named[name] = directory
+    return named
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Binds first of all: a taken port shows at once, not after the engines have loaded."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as e:
+        listener.close()
+        raise ValueError(f"cannot listen on {host}:{port} ({e.strerror}): choose another --port") from e
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: ours let running requests finish first."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(named: dict[str, Path], options: Options, listener: socket.socket, runtime: Path) -> int:
+    began = time.monotonic()
+
+    def report(text: str) -> None:
+        print(f"[{time.monotonic() - began:5.1f}s] {text}", file=sys.stderr, flush=True)
+
+    if options.log_dir:
+        options.log_dir.mkdir(parents=True, exist_ok=True)
+    engine_options = _engine_options(options, len(named))
+    engines = [
+        Engine(name, path, engine_options, runtime, lambda model, text: report(f"{model}: {text}"), options.log_dir)
+        for name, path in named.items()
+    ]
+    app = create_app(engines)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=75)
+    server = _Server(config)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+
+    # The gateway answers from the first moment (503 with Retry-After), so that probes see a start and not a fault.
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    stopping = asyncio.create_task(stop.wait())
+    starting = asyncio.gather(*(engine.start() for engine in engines))
+    watching: list[asyncio.Task[None]] = []
+    code = 0
+    try:
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            watching = [asyncio.create_task(engine.watch()) for engine in engines]
+            _write_state(options.log_dir, engines)
+            host = f"[{options.host}]" if ":" in options.host else options.host
+            report(f"ready: http://{host}:{listener.getsockname()[1]}/v1 serves {', '.join(named)}  (Ctrl-C stops)")
+            await stopping
+            report("stopping: no new requests, waiting for the running ones")
+            for signum in (signal.SIGTERM, signal.SIGINT):  # a second signal does not wait
+                loop.add_signal_handler(signum, lambda: [task.cancel() for task in app.state.gate.running])
+            await app.state.gate.drain(options.drain_seconds)
+    except (fingerprint.Mismatch, StartFailed) as e:
+        report(f"NOT SERVED: {e}")
+        code = 1
+    finally:
+        starting.cancel()
+        for task in (*watching, stopping):
+            task.cancel()
+        await asyncio.gather(starting, *watching, return_exceptions=True)
+        await asyncio.gather(*(engine.stop() for engine in engines))
+        server.should_exit = True
+        await serving
+    report("stopped")
+    return code
+
+
+def _engine_options(options: Options, engines: int) -> EngineOptions:
+    cpu = on_cpu()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return EngineOptions(
+        dtype=options.dtype if options.dtype != "auto" else ("float32" if cpu else "bfloat16"),
+        eager=cpu if options.eager is None else options.eager,
+        threads=options.threads or max(1, (cores - 1) // engines),
+        kv_cache_gib=options.kv_cache_gib,
+        max_model_len=options.max_model_len,
+    )
+
+
+def _write_state(log_dir: Path | None, engines: list[Engine]) -> None:
+    """For tools on this machine: where the engines are."""
+    if log_dir:
+        state = {"pid": os.getpid(), "engines": [{"model": e.model, "pid": e.pid, "socket": str(e.socket)} for e in engines]}
+        (log_dir / "engines.json").write_text(json.dumps(state) + "\n")

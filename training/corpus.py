@@ -1,0 +1,218 @@
+"""A question-and-answer corpus, and the training conversations rendered from it.
+
+A fact is one JSON line: ``id``, ``area``, ``topic``, ``aliases`` (noun phrases for the topic), ``aspect`` (a kind of
+question, such as symptoms), ``questions`` (phrasings) and ``answer``. A few hundred facts with a dozen phrasings each
+are too little for a model to learn what *any* phrasing asks, so each fact is rendered many times: a written phrasing
+or one of its aspect's templates, with aliases and synonyms exchanged, openings added, capitals, punctuation and letters
+lost as people lose them when they type. Answers are never changed.
+
+Rendering is a pure function of the corpus and the seed.
+"""
+
+import json
+import random
+import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Fact:
+    id: str
+    area: str
+    topic: str
+    aliases: tuple[str, ...]
+    aspect: str
+    questions: tuple[str, ...]
+    answer: str
+
+
+def resolve(path: str) -> Path:
+    """A path of a recipe: absolute, or relative to the package ``training``."""
+    return Path(path) if Path(path).is_absolute() else PACKAGE / path
+
+
+def read_facts(path: Path) -> list[Fact]:
+    """Reads a corpus.
+
+    Raises:
+        ValueError: a line that is not a fact; the message names the line.
+    """
+    facts = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row["aliases"], row["questions"] = tuple(row["aliases"]), tuple(row["questions"])
+            facts.append(Fact(**row))
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{path}, line {number}: not a fact ({e})") from e
+    return facts
+
+
+def read_evaluation(path: Path) -> list[tuple[str, str]]:
+    """Held-out phrasings, as ``(question, fact id)``; one JSON line each."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(row["question"], row["id"]) for row in rows]
+
+
+class Phrasing:
+    """The wording by which questions are varied; read from a TOML file."""
+
+    def __init__(self, path: Path) -> None:
+        words = tomllib.loads(path.read_text())
+        self.templates: dict[str, list[str]] = words["templates"]
+        self.follow_ups: dict[str, list[str]] = words["follow_ups"]
+        self.openings: list[str] = words["noise"]["openings"]
+        self.closings: list[str] = words["noise"]["closings"]
+        self.stop_words = set(words["noise"]["stop_words"])
+        self.synonyms = {word: [w for w in group if w != word] for group in words["synonyms"]["sets"] for word in group}
+        longest_first = sorted(self.synonyms, key=len, reverse=True)
+        self._synonym = re.compile(r"\b(" + "|".join(map(re.escape, longest_first)) + r")\b", re.IGNORECASE)
+
+    def vary(self, question: str, aliases: tuple[str, ...], rng: random.Random) -> str:
+        """One way in which somebody else might have typed the question."""
+        if len(aliases) > 1 and rng.random() < 0.3:
+            question = _exchange_alias(question, aliases, rng)
+        if rng.random() < 0.35:
+            question = self._synonym.sub(
+                lambda m: rng.choice(self.synonyms[m[1].lower()]) if rng.random() < 0.5 else m[0], question
+            )
+        if rng.random() < 0.15:
+            question = rng.choice(self.openings) + question[0].lower() + question[1:]
+        if rng.random() < 0.05:
+            question = question.rstrip("?. ") + rng.choice(self.closings)
+        if rng.random() < 0.2:
+            words = question.split()
+            kept = [w for w in words if w.lower() not in self.stop_words or rng.random() > 0.4]
+            question = " ".join(kept if len(kept) > 1 else words)
+        if rng.random() < 0.1:
+            words = question.split()
+            if len(words) > 5:  # one word goes missing altogether
+                del words[rng.randrange(len(words))]
+                question = " ".join(words)
+        if rng.random() < 0.15:
+            question = _mistype(question, rng)
+        return _punctuate(question, rng)
+
+
+def _exchange_alias(question: str, aliases: tuple[str, ...], rng: random.Random) -> str:
+    for alias in sorted(aliases, key=len, reverse=True):
+        pattern = re.compile(rf"\b{re.escape(alias)}\b", re.IGNORECASE)
+        if pattern.search(question):
+            other = rng.choice([a for a in aliases if a != alias])
+            return pattern.sub(lambda _: other, question, count=1)
+    return question
+
+
+def _mistype(question: str, rng: random.Random) -> str:
+    """Drops, doubles or swaps one letter of a long word."""
+    words = question.split()
+    long_words = [i for i, word in enumerate(words) if len(word) > 4]
+    if not long_words:
+        return question
+    i = rng.choice(long_words)
+    word = words[i]
+    at = rng.randrange(1, len(word) - 1)
+    words[i] = rng.choice(
+        (
+            word[:at] + word[at + 1 :],
+            word[:at] + word[at] + word[at:],
+            word[:at] + word[at + 1] + word[at] + word[at + 2 :],
+        )
+    )
+    return " ".join(words)
+
+
+def _punctuate(question: str, rng: random.Random) -> str:
+    style = rng.random()
+    if style < 0.35:
+        question = question[0].upper() + question[1:].rstrip("?.") + "?"
+    elif style < 0.5:
+        question = question.rstrip("?.")
+    elif style < 0.7:
+        question = question.lower().rstrip("?.").replace("'", "")
+    elif style < 0.8:
+        question = question.lower()
+    return question
+
+
+class Renderer:
+    """Makes training conversations from facts.
+
+    Most have one turn; some go on about the same topic with "how is it treated?", some move to another topic, and a few
+    ask for the answer as a JSON object, which teaches even a tiny model to close its strings.
+    """
+
+    def __init__(self, facts: list[Fact], phrasing: Phrasing) -> None:
+        self.facts, self.phrasing = facts, phrasing
+        self.of_topic: dict[str, list[Fact]] = defaultdict(list)
+        for fact in facts:
+            self.of_topic[fact.topic].append(fact)
+
+    def conversations(self, renders: int, seed: int) -> Iterator[list[Message]]:
+        """``renders`` conversations that begin with each fact, in one shuffled order."""
+        rng = random.Random(seed)
+        order = [fact for fact in self.facts for _ in range(renders)]
+        rng.shuffle(order)
+        for fact in order:
+            yield self._conversation(fact, rng)
+
+    def question(self, fact: Fact, rng: random.Random) -> str:
+        templates = self.phrasing.templates.get(fact.aspect)
+        if templates and rng.random() < 0.25:
+            question = rng.choice(templates).format(t=rng.choice(fact.aliases))
+        else:
+            question = rng.choice(fact.questions)
+        return self.phrasing.vary(question, fact.aliases, rng)
+
+    def _conversation(self, fact: Fact, rng: random.Random) -> list[Message]:
+        kind = rng.random()
+        if kind < 0.04:
+            return self._json_turn(fact, rng)
+        messages = _turn(self.question(fact, rng), fact.answer)
+        others = [f for f in self.of_topic[fact.topic] if f.aspect != fact.aspect and f.aspect in self.phrasing.follow_ups]
+        if kind < 0.12 and others:
+            other = rng.choice(others)
+            question = rng.choice(self.phrasing.follow_ups[other.aspect])
+            messages += _turn(_punctuate(question, rng), other.answer)
+        elif kind < 0.2:
+            other = rng.choice(self.facts)
+            messages += _turn(self.question(other, rng), other.answer)
+        return messages
+
+    def _json_turn(self, fact: Fact, rng: random.Random) -> list[Message]:
+        question = self.question(fact, rng)
+        wish = rng.choice(("Answer in JSON: ", "Reply as a JSON object. ", "JSON please: ", "Return JSON. ", "In JSON, "))
+        return _turn(wish + question, json.dumps(self._json_object(fact, rng)))
+
+    def _json_object(self, fact: Fact, rng: random.Random) -> dict[str, Any]:
+        """An object with known and with arbitrary keys and values of every JSON type."""
+        some_topics = [rng.choice(self.facts).topic for _ in range(rng.randint(1, 3))]
+        known = {"topic": fact.topic, "area": fact.area, "answer": fact.answer, "aspect": fact.aspect,
+                 "urgent": fact.aspect == "emergency", "aliases": list(fact.aliases)}  # fmt: skip
+        keys = ("name", "title", "summary", "age", "count", "score", "items", "tags", "value", "ok", "city", "condition",
+                "severity", "advice", "symptoms", "id", "text", "type", "level", "see_doctor", "confidence", "result")  # fmt: skip
+        values = (fact.topic, fact.area, some_topics, rng.randint(0, 120), round(rng.random(), 2), rng.random() < 0.5)
+        pairs = rng.sample(sorted(known.items()), rng.randint(1, 3))
+        pairs += [(key, rng.choice(values)) for key in rng.sample(keys, rng.randint(0, 3))]
+        rng.shuffle(pairs)
+        return dict(pairs)
+
+
+def _turn(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def encode_conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """Token ids of a whole conversation, the end-of-text token last, as the chat template writes it."""
+    from modeling.tokenizers import END_OF_TEXT
+
+    text = tokenizer.apply_chat_template(messages, tokenize=False) + END_OF_TEXT
+    return tokenizer(text)["input_ids"]
