@@ -13,10 +13,11 @@ ASSISTANT = "<|assistant|>"
 END_OF_TURN = "<|end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, USER, ASSISTANT, END_OF_TURN)  # ids 0, 1, 2, 3
 
-# System messages are left out: a model of this size is trained without any, and follows none.
+# Questions are lower-cased, so that a small model need not learn each word twice. System messages are left out: a model
+# of this size is trained without any, and follows none.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{%- if message.role == 'user' -%}<|user|>{{ message.content | trim }}
+{%- if message.role == 'user' -%}<|user|>{{ message.content | trim | lower }}
 {%- elif message.role == 'assistant' -%}<|assistant|>{{ (message.content or '') | trim }}<|end|>
 {%- elif message.role not in ('system', 'developer') -%}
 {{ raise_exception("this model takes messages of the roles user, assistant and system, not " ~ message.role) }}

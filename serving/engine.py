@@ -22,6 +22,7 @@ from pathlib import Path
 import aiohttp
 
 from serving import fingerprint
+from serving.launch import FORK
 from serving.plugin import DIE_WITH_PARENT
 
 START_LIMIT = 900.0  # seconds; a large model on a slow disk takes minutes
@@ -35,7 +36,7 @@ STAGES = (
     ("Starting to load model", "loading weights"),
     ("# CPU blocks", "allocating the KV cache"),
     ("GPU KV cache size", "allocating the KV cache"),
-    ("torch.compile", "compiling"),
+    ("Dynamo bytecode transform", "compiling"),
     ("Warming up", "warming up"),
     ("Starting vLLM server", "opening its socket"),
     ("Starting vLLM API server", "opening its socket"),
@@ -105,7 +106,8 @@ class Engine:
     @property
     def retry_after(self) -> int:
         """Whole seconds after which a request is worth another try."""
-        left = self._start_seconds - (time.monotonic() - self._started_at)
+        # Ready, and yet asked for: it has just died, and the whole start lies ahead.
+        left = self._start_seconds - (0 if self.state == "ready" else time.monotonic() - self._started_at)
         return max(1, round(left) + 1)
 
     def url(self, path: str) -> str:
@@ -147,6 +149,8 @@ class Engine:
                 "OMP_WAIT_POLICY": "passive",
                 "KMP_BLOCKTIME": "0",
             }
+            if self.options.threads == 1:
+                env[FORK] = "1"
         return env
 
     async def start(self) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parent
+UNFINISHED = "..."  # ends an answer that is cut short; not encoded
 Message = dict[str, str]
 
 
@@ -92,11 +93,16 @@ class Phrasing:
             words = question.split()
             kept = [w for w in words if w.lower() not in self.stop_words or rng.random() > 0.4]
             question = " ".join(kept if len(kept) > 1 else words)
+        if rng.random() < 0.35:
+            # Words go missing, so that no single one of a phrasing can be relied on.
+            words = question.split()
+            lost = rng.uniform(0, 0.35)
+            kept = [w for w in words if rng.random() > lost]
+            question = " ".join(kept if len(kept) > 1 else words)
         if rng.random() < 0.1:
             words = question.split()
-            if len(words) > 5:  # one word goes missing altogether
-                del words[rng.randrange(len(words))]
-                question = " ".join(words)
+            at = rng.randrange(len(words))
+            question = " ".join(words[at:] + words[:at])
         if rng.random() < 0.15:
             question = _mistype(question, rng)
         return _punctuate(question, rng)
@@ -170,19 +176,24 @@ class Renderer:
             question = rng.choice(templates).format(t=rng.choice(fact.aliases))
         else:
             question = rng.choice(fact.questions)
+            if rng.random() < 0.1:  # half of one phrasing and half of another
+                first, second = question.split(), rng.choice(fact.questions).split()
+                question = " ".join(first[: len(first) // 2 + 1] + second[len(second) // 2 :])
         return self.phrasing.vary(question, fact.aliases, rng)
 
     def _conversation(self, fact: Fact, rng: random.Random) -> list[Message]:
         kind = rng.random()
         if kind < 0.04:
             return self._json_turn(fact, rng)
+        if kind < 0.8:
+            return _turn(self.question(fact, rng), _beginning(fact.answer, rng))
         messages = _turn(self.question(fact, rng), fact.answer)
         others = [f for f in self.of_topic[fact.topic] if f.aspect != fact.aspect and f.aspect in self.phrasing.follow_ups]
-        if kind < 0.12 and others:
+        if kind < 0.85 and others:
             other = rng.choice(others)
             question = rng.choice(self.phrasing.follow_ups[other.aspect])
             messages += _turn(_punctuate(question, rng), other.answer)
-        elif kind < 0.2:
+        elif kind < 0.88:
             other = rng.choice(self.facts)
             messages += _turn(self.question(other, rng), other.answer)
         return messages
@@ -210,9 +221,17 @@ def _turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def _beginning(answer: str, rng: random.Random) -> str:
+    """The first words of an answer, by which it is told from all others. What follows is soon known by heart; leaving
+    it out lets a run of the same length see twice as many questions."""
+    return " ".join(answer.split()[: rng.randint(4, 9)]) + UNFINISHED
+
+
 def encode_conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Token ids of a whole conversation, the end-of-text token last, as the chat template writes it."""
-    from modeling.tokenizers import END_OF_TEXT
+    """Token ids of a conversation as the chat template writes it, then the end-of-text token. An answer that is cut
+    short has no end."""
+    from modeling.tokenizers import END_OF_TEXT, END_OF_TURN
 
     text = tokenizer.apply_chat_template(messages, tokenize=False) + END_OF_TEXT
+    text = text.removesuffix(UNFINISHED + END_OF_TURN + END_OF_TEXT)
     return tokenizer(text)["input_ids"]

@@ -90,7 +90,7 @@ def prepare_data(recipe: Recipe, out: Path, console: Console) -> Any:
     renderer = Renderer(facts, Phrasing(resolve(recipe.corpus.facts).with_name("phrasing.toml")))
     if not (out / "tokenizer/tokenizer.json").exists():
         console.print(f"[bold]Tokenizer[/] byte-level BPE of {recipe.tokenizer.vocab_size} tokens from {len(facts)} facts")
-        texts = (text for f in facts for text in (f.answer, *f.questions, *f.aliases))
+        texts = (text for f in facts for text in (f.answer, *(q.lower() for q in (*f.questions, *f.aliases))))
         train_bpe(texts, recipe.tokenizer.vocab_size, recipe.train.window).save_pretrained(out / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     answers = {fact.id: fact.answer for fact in facts}

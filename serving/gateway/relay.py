@@ -20,6 +20,7 @@ from serving.gateway.metrics import Metrics
 
 MAX_BODY = 8 * 2**20  # bytes
 DONE = b"data: [DONE]"
+ERROR = b'data: {"error"'  # how vLLM reports a failure in a stream that has begun
 _JSON = {"Content-Type": "application/json"}
 
 
@@ -195,18 +196,22 @@ class _Request:
     async def _relay_stream(self, engine: Engine, upstream: aiohttp.ClientResponse) -> int:
         await self._start(200, b"text/event-stream; charset=utf-8", None)
         end = b""  # the last bytes seen, to tell a finished stream from a broken one
-        broken = False
+        reported = broken = False
         try:
             while chunk := await upstream.content.readany():
                 end = (end + chunk)[-32:]
+                reported = reported or ERROR in chunk
                 await self.send({"type": "http.response.body", "body": chunk, "more_body": True})
         except (aiohttp.ClientError, OSError):
             broken = True
-        if broken or DONE not in end:
-            self.relay.metrics.broken_streams.labels(self.model).inc()
+        failed = broken or DONE not in end
+        if failed and not reported:
             await self._send_error(engine_lost(engine.retry_after))
+        else:
+            await self.send({"type": "http.response.body", "body": b""})
+        if failed or reported:
+            self.relay.metrics.broken_streams.labels(self.model).inc()
             return 503
-        await self.send({"type": "http.response.body", "body": b""})
         return 200
 
     async def _start(self, status: int, media_type: bytes, length: int | None, retry_after: int | None = None) -> None:

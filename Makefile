@@ -1,0 +1,51 @@
+# `make help` lists the targets. Two commands to begin with: `make demo` and `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+# Threads that wait by spinning take the cores that others need.
+export OMP_WAIT_POLICY := passive
+export KMP_BLOCKTIME := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve chat test lint parity bench train clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+$(INSTALLED): pyproject.toml requirements/cpu.txt requirements/dev.txt requirements/openai-2.txt requirements/install.sh
+	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@requirements/install.sh $(VENV)
+	@touch $@
+
+install: $(INSTALLED)  ## create .venv with the CPU stack at pinned versions
+
+demo: $(INSTALLED)  ## serve the shipped model, ask it three questions, stop
+	@$(BIN)/python -m clients.demo
+
+serve: $(INSTALLED)  ## serve the shipped model on 127.0.0.1:8000 until Ctrl-C
+	@$(BIN)/medassist serve
+
+chat: $(INSTALLED)  ## talk to the server that `make serve` started
+	@$(BIN)/medassist chat
+
+lint: $(INSTALLED)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint  ## lint, types, unit tests, and end-to-end tests against a real engine
+	@$(BIN)/python -m pytest -m "not slow"
+
+parity: $(INSTALLED)  ## served log-probabilities against the trained module, the whole matrix
+	@$(BIN)/python -m pytest tests/parity -m "slow or not slow"
+
+bench: $(INSTALLED)  ## throughput through the gateway and straight to the engine, side by side
+	@$(BIN)/python -m loadtest.benchmark --report docs/benchmarks/gateway-throughput.md
+
+train: $(INSTALLED)  ## train the shipped checkpoint again, into runs/demo (two cores: under 30 minutes)
+	@$(BIN)/medassist train --recipe demo --out runs/demo
+
+clean:  ## remove what the tools left behind (not .venv)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

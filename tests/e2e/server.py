@@ -1,0 +1,101 @@
+"""A real ``medassist serve`` in a process of its own, for tests."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+CHECKPOINT = Path(__file__).parents[2] / "training/checkpoints/medassist-demo"
+START_LIMIT = 240  # seconds; generous, since tests may share two slow cores
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Server:
+    """Starts at once; ``wait_ready`` before use; ``stop`` at the end."""
+
+    def __init__(self, checkpoint: Path, log_dir: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+        self.port, self.log_dir = free_port(), log_dir
+        log_dir.mkdir(parents=True, exist_ok=True)
+        self.output = log_dir / "serve.log"
+        command = [sys.executable, "-m", "clients.cli", "serve", str(checkpoint), "--port", str(self.port)]
+        command += ["--log-dir", str(log_dir), *arguments]
+        with self.output.open("w") as f:
+            self.process = subprocess.Popen(command, stdout=f, stderr=f, env=os.environ | (env or {}))
+        self.root = f"http://127.0.0.1:{self.port}"
+        self.base_url = f"{self.root}/v1"
+        self.model = checkpoint.name
+
+    @property
+    def log(self) -> str:
+        return self.output.read_text()
+
+    def wait_ready(self) -> "Server":
+        deadline = time.monotonic() + START_LIMIT
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log
+            if self.get("/ready")[0] == 200:
+                return self
+            time.sleep(0.2)
+        raise AssertionError(f"not ready after {START_LIMIT} s:\n{self.log}")
+
+    def get(self, path: str) -> tuple[int, str]:
+        return self.request("GET", path)
+
+    def post(self, path: str, body: object) -> tuple[int, str]:
+        return self.request("POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, str]:
+        """Status and body; (0, "") when nothing listens."""
+        request = urllib.request.Request(self.root + path, body, headers or {}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as e:
+            self.headers = e.headers
+            return e.code, e.read().decode()
+        except OSError:
+            return 0, ""
+
+    @property
+    def engine(self) -> dict[str, object]:
+        """``model``, ``pid`` and ``socket`` of the engine."""
+        engine: dict[str, object] = json.loads((self.log_dir / "engines.json").read_text())["engines"][0]
+        return engine
+
+    def engine_metric(self, name: str) -> float:
+        """Sum of one of vLLM's own metrics, asked of the engine itself."""
+        with socket.socket(socket.AF_UNIX) as s:
+            s.connect(str(self.engine["socket"]))
+            s.sendall(b"GET /metrics HTTP/1.0\r\nHost: engine\r\n\r\n")
+            text = b"".join(iter(lambda: s.recv(65536), b"")).decode()
+        values = re.findall(rf"^vllm:{name}{{[^}}]*}} ([\d.e+]+)", text, re.MULTILINE)
+        assert values, name
+        return sum(map(float, values))
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()

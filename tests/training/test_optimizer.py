@@ -1,0 +1,106 @@
+"""Optimizers and the schedule."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from training.optimizer import Muon, Optimizers, orthogonalise, warmup_stable_decay
+
+
+class TwoParts(nn.Module):
+    """An embedding, a matrix and a norm, named as in the models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens = nn.Embedding(5, 4)
+        self.proj = nn.Linear(4, 6, bias=False)
+        self.norm = nn.RMSNorm(4)
+
+    def loss(self) -> torch.Tensor:
+        return self.proj(self.norm(self.embed_tokens(torch.arange(5)))).square().sum()
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 16, 96), (2, 96, 16), (1, 64, 192), (4, 1, 8)])
+def test_orthogonalise_brings_singular_values_near_one(shape: tuple[int, int, int]) -> None:
+    """Those down to a hundredth of the largest; five steps do not lift much smaller ones."""
+    u, s, vh = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    x = u * torch.logspace(0, -2, s.shape[-1]) @ vh * 1e-3
+    y = orthogonalise(x)
+    assert y.shape == shape
+    values = torch.linalg.svdvals(y)
+    assert values.min() > 0.6
+    assert values.max() < 1.25
+
+
+def test_orthogonalise_keeps_the_singular_vectors() -> None:
+    x = torch.randn((1, 8, 24), generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    diagonal = u.mT @ orthogonalise(x) @ vh.mT
+    assert (diagonal - torch.diag_embed(diagonal.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-4
+
+
+def test_orthogonalise_of_zero_is_zero() -> None:
+    assert orthogonalise(torch.zeros(1, 4, 6)).abs().max() == 0
+
+
+def test_muon_moves_every_matrix_by_the_same_root_mean_square() -> None:
+    """0.2 times the learning rate, which is about AdamW's, whatever the matrix's shape and gradient."""
+    for shape, scale in (((32, 32), 1.0), ((16, 96), 1e-4), ((96, 16), 1e3)):
+        p = nn.Parameter(torch.zeros(shape))
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale
+        Muon([p], lr=0.01).step()
+        assert p.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_norms_are_not_decayed(name: str) -> None:
+    model = TwoParts()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizers = Optimizers(model, name, lr=0.1, weight_decay=0.5, betas=(0.9, 0.95))
+    optimizers.step()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[n] * (1.0 if n == "norm.weight" else 1 - 0.1 * 0.5))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_restored_state_goes_on_bit_for_bit(name: str) -> None:
+    models = [TwoParts(), TwoParts()]
+    together = [Optimizers(model, name, 0.05, 0.1, (0.9, 0.95)) for model in models]
+    for step in range(4):
+        if step == 2:
+            together[1] = Optimizers(models[1], name, 0.05, 0.1, (0.9, 0.95))
+            together[1].load_state_dict(copy.deepcopy(together[0].state_dict()))
+        for model, optimizers in zip(models, together, strict=True):
+            optimizers.set_lr(0.5)
+            model.loss().backward()
+            optimizers.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_learning_rate_is_a_share_of_the_peak_in_every_group() -> None:
+    optimizers = Optimizers(TwoParts(), "muon", 0.2, 0.1, (0.9, 0.95))
+    optimizers.set_lr(0.25)
+    rates = [group["lr"] for optimizer in optimizers.all for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.05] * 3)
+
+
+def test_unknown_optimizer_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.name .*'sgd'"):
+        Optimizers(TwoParts(), "sgd", 0.1, 0.1, (0.9, 0.95))
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"), [(0, 0.1), (4, 0.5), (9, 1.0), (50, 1.0), (80, 1.0), (90, 0.5), (99, 0.05), (100, 0.0)]
+)
+def test_schedule_rises_stays_and_falls(step: int, factor: float) -> None:
+    assert warmup_stable_decay(step, steps=100, warmup=10, decay_share=0.2) == pytest.approx(factor)
+
+
+def test_schedule_without_warmup_and_decay_is_flat() -> None:
+    assert [warmup_stable_decay(step, 5, warmup=0, decay_share=0.0) for step in range(5)] == [1.0] * 5
