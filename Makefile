@@ -4,9 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-# Threads that wait by spinning take the cores that others need.
-export OMP_WAIT_POLICY := passive
-export KMP_BLOCKTIME := 0
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve chat test lint parity bench train clean

@@ -13,7 +13,7 @@ import json
 import random
 import re
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +158,7 @@ class Renderer:
 
     def __init__(self, facts: list[Fact], phrasing: Phrasing) -> None:
         self.facts, self.phrasing = facts, phrasing
+        self.decisive_words = _decisive_words(facts)
         self.of_topic: dict[str, list[Fact]] = defaultdict(list)
         for fact in facts:
             self.of_topic[fact.topic].append(fact)
@@ -185,15 +186,18 @@ class Renderer:
         kind = rng.random()
         if kind < 0.04:
             return self._json_turn(fact, rng)
-        if kind < 0.8:
-            return _turn(self.question(fact, rng), _beginning(fact.answer, rng))
+        if kind < 0.84:
+            # The words that decide which fact it is. The rest of an answer is soon known by heart; leaving it out
+            # lets a run of the same length see several times as many questions.
+            words = fact.answer.split()[: self.decisive_words[fact.id] + rng.randint(0, 2)]
+            return _turn(self.question(fact, rng), " ".join(words) + UNFINISHED)
         messages = _turn(self.question(fact, rng), fact.answer)
         others = [f for f in self.of_topic[fact.topic] if f.aspect != fact.aspect and f.aspect in self.phrasing.follow_ups]
-        if kind < 0.85 and others:
+        if kind < 0.88 and others:
             other = rng.choice(others)
             question = rng.choice(self.phrasing.follow_ups[other.aspect])
             messages += _turn(_punctuate(question, rng), other.answer)
-        elif kind < 0.88:
+        elif kind < 0.91:
             other = rng.choice(self.facts)
             messages += _turn(self.question(other, rng), other.answer)
         return messages
@@ -221,10 +225,14 @@ def _turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _beginning(answer: str, rng: random.Random) -> str:
-    """The first words of an answer, by which it is told from all others. What follows is soon known by heart; leaving
-    it out lets a run of the same length see twice as many questions."""
-    return " ".join(answer.split()[: rng.randint(4, 9)]) + UNFINISHED
+def _decisive_words(facts: list[Fact]) -> dict[str, int]:
+    """For each fact, how many words of its answer it takes to tell it from all other answers."""
+    answers = {fact.id: fact.answer.split() for fact in facts}
+    begins = Counter(tuple(a[:n]) for a in answers.values() for n in range(1, len(a) + 1))
+    return {
+        fact_id: next((n for n in range(1, len(a) + 1) if begins[tuple(a[:n])] == 1), len(a))
+        for fact_id, a in answers.items()
+    }
 
 
 def encode_conversation(tokenizer: Any, messages: list[Message]) -> list[int]:

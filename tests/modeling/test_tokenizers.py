@@ -38,7 +38,7 @@ def test_training_twice_gives_the_same_tokenizer() -> None:
     assert first == second
 
 
-def test_conversation_is_written_turn_by_turn_without_system_messages(tokenizer: Any) -> None:
+def test_conversation_has_questions_in_lower_case_and_no_system_messages(tokenizer: Any) -> None:
     messages = [
         {"role": "system", "content": "You are a doctor."},
         {"role": "user", "content": " What helps with a cold? \n"},
@@ -46,7 +46,7 @@ def test_conversation_is_written_turn_by_turn_without_system_messages(tokenizer:
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": "And a fever?"},
     ]
-    conversation = "<|user|>What helps with a cold?<|assistant|>Rest.<|end|><|user|>And a fever?"
+    conversation = "<|user|>what helps with a cold?<|assistant|>Rest.<|end|><|user|>and a fever?"
     assert tokenizer.apply_chat_template(messages, tokenize=False) == conversation
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert prompt == conversation + "<|assistant|>"

@@ -2,12 +2,21 @@
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from training.corpus import Fact, Phrasing, Renderer, encode_conversation, read_evaluation, read_facts, resolve
+from training.corpus import (
+    UNFINISHED,
+    Fact,
+    Phrasing,
+    Renderer,
+    encode_conversation,
+    read_evaluation,
+    read_facts,
+    resolve,
+)
 
 MEDQA = resolve("corpora/medqa")
 # Amounts of a medicine: numbers or words before a unit in which medicines are counted.
@@ -65,13 +74,17 @@ def test_answers_name_no_doses(facts: list[Fact]) -> None:
     assert [fact.id for fact in facts if DOSE.search(fact.answer)] == []
 
 
-def test_evaluation_asks_for_facts_of_the_corpus_in_other_words(facts: list[Fact]) -> None:
+HELD_OUT = sorted(set(MEDQA.glob("*.jsonl")) - {MEDQA / "facts.jsonl"})
+
+
+@pytest.mark.parametrize("path", HELD_OUT, ids=lambda path: path.stem)
+def test_held_out_questions_ask_for_known_facts_in_words_not_trained_on(path: Path, facts: list[Fact]) -> None:
     known = {fact.id for fact in facts}
     trained = {normalised(question) for fact in facts for question in fact.questions}
-    evaluation = read_evaluation(MEDQA / "evaluation.jsonl")
-    assert len(evaluation) >= 600
-    assert [fact_id for _, fact_id in evaluation if fact_id not in known] == []
-    assert [question for question, _ in evaluation if normalised(question) in trained] == []
+    held_out = read_evaluation(path)
+    assert len(held_out) >= 300
+    assert [fact_id for _, fact_id in held_out if fact_id not in known] == []
+    assert [question for question, _ in held_out if normalised(question) in trained] == []
 
 
 def test_phrasing_covers_the_aspects_of_the_corpus(facts: list[Fact], renderer: Renderer) -> None:
@@ -87,34 +100,42 @@ def test_rendering_depends_on_the_seed_alone(renderer: Renderer) -> None:
 
 
 def test_every_fact_begins_the_same_number_of_conversations(facts: list[Fact], renderer: Renderer) -> None:
-    conversations = list(renderer.conversations(3, seed=0))
-    assert len(conversations) == 3 * len(facts)
-    plain = Counter(conversation[1]["content"] for conversation in conversations)
-    of_answer = Counter(fact.answer for fact in facts)
-    assert all(plain[answer] <= 3 * count for answer, count in of_answer.items())
+    two = Renderer(facts[:1] + facts[-1:], renderer.phrasing)
+    first = [conversation[1]["content"].removesuffix(UNFINISHED) for conversation in two.conversations(200, seed=0)]
+    counts = [sum(fact.answer.startswith(answer) for answer in first) for fact in two.facts]
+    assert len(first) == 400
+    assert all(170 < count <= 200 for count in counts)  # the rest are JSON objects
 
 
-def test_rendering_never_alters_an_answer(facts: list[Fact], renderer: Renderer) -> None:
+def test_rendering_cuts_answers_short_but_never_alters_them(facts: list[Fact], renderer: Renderer) -> None:
     answers = {fact.answer for fact in facts}
-    in_json = 0
+    beginnings = {" ".join(answer.split()[:n]) + UNFINISHED for answer in answers for n in range(1, 60)}
+    whole, in_json = 0, 0
     for conversation in renderer.conversations(4, seed=3):
         assert [message["role"] for message in conversation] == ["user", "assistant"] * (len(conversation) // 2)
         assert all(message["content"].strip() for message in conversation)
         for message in conversation[1::2]:
-            if message["content"] in answers:
+            whole += message["content"] in answers
+            if message["content"] in answers | beginnings:
                 continue
             in_json += 1
             value = json.loads(message["content"])
             assert isinstance(value, dict)
             assert value.get("answer", facts[0].answer) in answers
     assert in_json > 50
+    assert whole > 300  # a model must also learn to end its answers
 
 
-def test_encoded_conversation_ends_with_the_end_of_text(tokenizer: object) -> None:
-    messages = [{"role": "user", "content": "a cold?"}, {"role": "assistant", "content": "Rest."}]
-    ids = encode_conversation(tokenizer, messages)
-    assert tokenizer.decode(ids) == "<|user|>a cold?<|assistant|>Rest.<|end|><|endoftext|>"  # type: ignore[attr-defined]
-    assert ids[-2:] == [3, 0]
+@pytest.mark.parametrize(
+    ("answer", "encoded"), [("Rest. Drink.", "Rest. Drink.<|end|><|endoftext|>"), ("Rest." + UNFINISHED, "Rest.")]
+)
+def test_only_a_whole_answer_is_encoded_with_an_end(tokenizer: Any, answer: str, encoded: str) -> None:
+    messages = [{"role": "user", "content": "a cold?"}, {"role": "assistant", "content": answer}]
+    assert tokenizer.decode(encode_conversation(tokenizer, messages)) == f"<|user|>a cold?<|assistant|>{encoded}"
+
+
+def test_no_answer_ends_as_if_it_were_cut_short(facts: list[Fact]) -> None:
+    assert [fact.id for fact in facts if fact.answer.endswith(UNFINISHED)] == []
 
 
 @pytest.mark.parametrize(
