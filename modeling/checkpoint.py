@@ -1,7 +1,7 @@
 """Checkpoint directories: the one format that training writes and Hugging Face and vLLM read.
 
-    config.json  model.safetensors  tokenizer.json  tokenizer_config.json  chat_template.jinja
-    generation_config.json  fingerprint.json
+config.json  model.safetensors  tokenizer.json  tokenizer_config.json  chat_template.jinja
+generation_config.json  fingerprint.json
 """
 
 import shutil
@@ -16,7 +16,7 @@ def write(directory: Path, model: Any, tokenizer: Any, generation: dict[str, Any
 
     Args:
         directory: replaced if it is there.
-        model: a ``PreTrainedModel`` of the registry; written in float32.
+        model: a ``PreTrainedModel`` of the registry; converted to float32, in which it is written.
         tokenizer: a Hugging Face fast tokenizer with a chat template.
         generation: sampling defaults, such as ``{"temperature": 0.2, "top_p": 0.95}``.
     """
@@ -24,6 +24,7 @@ def write(directory: Path, model: Any, tokenizer: Any, generation: dict[str, Any
 
     temporary = directory.with_name(directory.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
+    model.float()
     model.config.architectures = [type(model).__name__]
     model.config.dtype = "float32"
     ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
@@ -33,5 +34,9 @@ def write(directory: Path, model: Any, tokenizer: Any, generation: dict[str, Any
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     fingerprint.record(model, temporary)
-    shutil.rmtree(directory, ignore_errors=True)
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
     temporary.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)

@@ -28,7 +28,7 @@ GREEDY_MARGIN = 1e-2
 
 def checksums(directory: Path) -> dict[str, str]:
     """SHA-256 of every weight file and of the tokenizer."""
-    files = sorted(directory.glob("*.safetensors")) + [directory / "tokenizer.json"]
+    files = [*sorted(directory.glob("*.safetensors")), directory / "tokenizer.json"]
     result = {}
     for path in files:
         if path.exists():
@@ -60,7 +60,7 @@ def record(model: Any, directory: Path) -> None:
     probes = []
     with torch.no_grad():
         for length in PROBE_LENGTHS:
-            ids = probe_ids(min(length, longest - GREEDY_TOKENS), model.config.vocab_size)
+            ids = probe_ids(max(1, min(length, longest - GREEDY_TOKENS)), model.config.vocab_size)
             probes.append({"token_ids": ids} | _score(model, ids))
     model.train(was_training).to(dtype)
     content = {"version": VERSION, "sha256": checksums(directory), "dtype": "float32", "probes": probes}
@@ -75,7 +75,7 @@ def _score(model: Any, ids: list[int]) -> dict[str, list[Any]]:
     given = logprobs[:-1].gather(1, prompt[0, 1:, None])[:, 0].tolist()
     greedy_ids: list[int] = []
     greedy_logprobs: list[float] = []
-    while len(greedy_ids) < GREEDY_TOKENS:
+    while len(greedy_ids) < GREEDY_TOKENS and len(ids) + len(greedy_ids) < model.config.max_position_embeddings:
         best, second = logprobs[-1].topk(2).values.tolist()
         if best - second < GREEDY_MARGIN:
             break

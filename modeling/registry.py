@@ -47,9 +47,7 @@ def _architecture(package: str, model_type: str, hf_name: str, config_class: str
 
 REGISTRY: dict[str, Architecture] = {
     arch.model_type: arch
-    for arch in (
-        _architecture("modeling.medassist", "medassist_gpt", "MedAssistGPTForCausalLM", "MedAssistGPTConfig"),
-    )
+    for arch in (_architecture("modeling.medassist", "medassist_gpt", "MedAssistGPTForCausalLM", "MedAssistGPTConfig"),)
 }
 
 

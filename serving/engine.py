@@ -207,7 +207,8 @@ class Engine:
 
     async def _read_log(self) -> None:
         """Follows the engine's output: recognises stages, keeps its end for error messages, and the file if wanted."""
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         log = self._log_path.open("a") if self._log_path else None
         stage = ""
         try:

@@ -191,5 +191,8 @@ def _engine_options(options: Options, engines: int) -> EngineOptions:
 def _write_state(log_dir: Path | None, engines: list[Engine]) -> None:
     """For tools on this machine: where the engines are."""
     if log_dir:
-        state = {"pid": os.getpid(), "engines": [{"model": e.model, "pid": e.pid, "socket": str(e.socket)} for e in engines]}
+        state = {
+            "pid": os.getpid(),
+            "engines": [{"model": e.model, "pid": e.pid, "socket": str(e.socket)} for e in engines],
+        }
         (log_dir / "engines.json").write_text(json.dumps(state) + "\n")

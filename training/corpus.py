@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parent
-UNFINISHED = "..."  # ends an answer that is cut short; not encoded
+UNFINISHED = "\x00"  # ends an answer that is cut short; not encoded
 Message = dict[str, str]
 
 
@@ -47,20 +47,34 @@ def read_facts(path: Path) -> list[Fact]:
         ValueError: a line that is not a fact; the message names the line.
     """
     facts = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
             row["aliases"], row["questions"] = tuple(row["aliases"]), tuple(row["questions"])
             facts.append(Fact(**row))
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path}, line {number}: not a fact ({e})") from e
+    if repeated := [fact_id for fact_id, n in Counter(fact.id for fact in facts).items() if n > 1]:
+        raise ValueError(f"{path}: the id {repeated[0]!r} occurs twice")
     return facts
 
 
-def read_evaluation(path: Path) -> list[tuple[str, str]]:
-    """Held-out phrasings, as ``(question, fact id)``; one JSON line each."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [(row["question"], row["id"]) for row in rows]
+def read_evaluation(path: Path, facts: list[Fact]) -> list[tuple[str, str]]:
+    """Held-out phrasings, as ``(question, fact id)``; one JSON line each.
+
+    Raises:
+        ValueError: a line that is not one, or asks for a fact that the corpus lacks; the message names the line.
+    """
+    known, rows = {fact.id for fact in facts}, []
+    for number, line in enumerate(path.read_text().rstrip("\n").split("\n"), 1):
+        try:
+            row = json.loads(line)
+            rows.append((row["question"], row["id"]))
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{path}, line {number}: not a question ({e!r})") from e
+        if row["id"] not in known:
+            raise ValueError(f"{path}, line {number}: the corpus has no fact {row['id']!r}")
+    return rows
 
 
 class Phrasing:
@@ -81,7 +95,7 @@ class Phrasing:
         """One way in which somebody else might have typed the question."""
         if len(aliases) > 1 and rng.random() < 0.3:
             question = _exchange_alias(question, aliases, rng)
-        if rng.random() < 0.35:
+        if self.synonyms and rng.random() < 0.35:
             question = self._synonym.sub(
                 lambda m: rng.choice(self.synonyms[m[1].lower()]) if rng.random() < 0.5 else m[0], question
             )
@@ -93,17 +107,17 @@ class Phrasing:
             words = question.split()
             kept = [w for w in words if w.lower() not in self.stop_words or rng.random() > 0.4]
             question = " ".join(kept if len(kept) > 1 else words)
-        if rng.random() < 0.35:
+        if rng.random() < 0.15:
             # Words go missing, so that no single one of a phrasing can be relied on.
             words = question.split()
             lost = rng.uniform(0, 0.35)
             kept = [w for w in words if rng.random() > lost]
             question = " ".join(kept if len(kept) > 1 else words)
-        if rng.random() < 0.1:
+        if rng.random() < 0.03:
             words = question.split()
             at = rng.randrange(len(words))
             question = " ".join(words[at:] + words[:at])
-        if rng.random() < 0.15:
+        if rng.random() < 0.08:
             question = _mistype(question, rng)
         return _punctuate(question, rng)
 
@@ -113,7 +127,8 @@ def _exchange_alias(question: str, aliases: tuple[str, ...], rng: random.Random)
         pattern = re.compile(rf"\b{re.escape(alias)}\b", re.IGNORECASE)
         if pattern.search(question):
             other = rng.choice([a for a in aliases if a != alias])
-            return pattern.sub(lambda _: other, question, count=1)
+            before, after = pattern.split(question, maxsplit=1)
+            return before + other + after
     return question
 
 
@@ -177,43 +192,75 @@ class Renderer:
             question = rng.choice(templates).format(t=rng.choice(fact.aliases))
         else:
             question = rng.choice(fact.questions)
-            if rng.random() < 0.1:  # half of one phrasing and half of another
+            if rng.random() < 0.05:  # half of one phrasing and half of another
                 first, second = question.split(), rng.choice(fact.questions).split()
                 question = " ".join(first[: len(first) // 2 + 1] + second[len(second) // 2 :])
         return self.phrasing.vary(question, fact.aliases, rng)
 
     def _conversation(self, fact: Fact, rng: random.Random) -> list[Message]:
         kind = rng.random()
-        if kind < 0.04:
+        if kind < 0.03:
             return self._json_turn(fact, rng)
-        if kind < 0.84:
+        if kind < 0.86:
             # The words that decide which fact it is. The rest of an answer is soon known by heart; leaving it out
             # lets a run of the same length see several times as many questions.
             words = fact.answer.split()[: self.decisive_words[fact.id] + rng.randint(0, 2)]
             return _turn(self.question(fact, rng), " ".join(words) + UNFINISHED)
         messages = _turn(self.question(fact, rng), fact.answer)
-        others = [f for f in self.of_topic[fact.topic] if f.aspect != fact.aspect and f.aspect in self.phrasing.follow_ups]
-        if kind < 0.88 and others:
+        others = [
+            f for f in self.of_topic[fact.topic] if f.aspect != fact.aspect and f.aspect in self.phrasing.follow_ups
+        ]
+        if kind < 0.895 and others:
             other = rng.choice(others)
             question = rng.choice(self.phrasing.follow_ups[other.aspect])
             messages += _turn(_punctuate(question, rng), other.answer)
-        elif kind < 0.91:
+        elif kind < 0.925:
             other = rng.choice(self.facts)
             messages += _turn(self.question(other, rng), other.answer)
         return messages
 
     def _json_turn(self, fact: Fact, rng: random.Random) -> list[Message]:
         question = self.question(fact, rng)
-        wish = rng.choice(("Answer in JSON: ", "Reply as a JSON object. ", "JSON please: ", "Return JSON. ", "In JSON, "))
+        wish = rng.choice(
+            ("Answer in JSON: ", "Reply as a JSON object. ", "JSON please: ", "Return JSON. ", "In JSON, ")
+        )
         return _turn(wish + question, json.dumps(self._json_object(fact, rng)))
 
     def _json_object(self, fact: Fact, rng: random.Random) -> dict[str, Any]:
         """An object with known and with arbitrary keys and values of every JSON type."""
         some_topics = [rng.choice(self.facts).topic for _ in range(rng.randint(1, 3))]
-        known = {"topic": fact.topic, "area": fact.area, "answer": fact.answer, "aspect": fact.aspect,
-                 "urgent": fact.aspect == "emergency", "aliases": list(fact.aliases)}  # fmt: skip
-        keys = ("name", "title", "summary", "age", "count", "score", "items", "tags", "value", "ok", "city", "condition",
-                "severity", "advice", "symptoms", "id", "text", "type", "level", "see_doctor", "confidence", "result")  # fmt: skip
+        known = {
+            "topic": fact.topic,
+            "area": fact.area,
+            "answer": fact.answer,
+            "aspect": fact.aspect,
+            "urgent": fact.aspect == "emergency",
+            "aliases": list(fact.aliases),
+        }
+        keys = [
+            "name",
+            "title",
+            "summary",
+            "age",
+            "count",
+            "score",
+            "items",
+            "tags",
+            "value",
+            "ok",
+            "city",
+            "condition",
+            "severity",
+            "advice",
+            "symptoms",
+            "id",
+            "text",
+            "type",
+            "level",
+            "see_doctor",
+            "confidence",
+            "result",
+        ]
         values = (fact.topic, fact.area, some_topics, rng.randint(0, 120), round(rng.random(), 2), rng.random() < 0.5)
         pairs = rng.sample(sorted(known.items()), rng.randint(1, 3))
         pairs += [(key, rng.choice(values)) for key in rng.sample(keys, rng.randint(0, 3))]

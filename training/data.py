@@ -9,6 +9,7 @@ needs only its step.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, pairwise
 
 import numpy as np
 import torch
@@ -66,28 +67,22 @@ class PackedDocuments:
         self.shard_of = np.repeat(np.arange(len(shards)), [len(x) for x in lengths])
         self.first_of_shard = np.cumsum([0] + [len(x) for x in lengths])
         if (longest := int(self.lengths.max())) > window + 1:
-            raise ValueError(f"a document has {longest} tokens, a window holds {window + 1}: raise data.window")
-        self._epoch = -1
-        self._order = self._starts = np.empty(0, dtype=np.int64)
+            raise ValueError(f"a document has {longest} tokens, a window holds {window + 1}: raise train.window")
+        if not self._windows(0):
+            raise ValueError(f"the documents do not fill a batch of {batch_size} windows: lower train.batch_size")
 
-    def _load_epoch(self, epoch: int) -> None:
-        """Orders the documents of an epoch and finds where each window begins in that order."""
-        if epoch == self._epoch:
-            return
-        self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
-        ends = np.cumsum(self.lengths[self._order] - 1)  # a document of n tokens gives n - 1 inputs
+    def _windows(self, epoch: int) -> list[np.ndarray]:
+        """The documents of each window of an epoch, by index; what does not fill a batch is left out."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
+        # A document of n tokens gives n - 1 inputs; one of a single token, or none, gives nothing to learn.
+        order = order[self.lengths[order] > 1]
+        ends = np.cumsum(self.lengths[order] - 1)
         starts = [0]
         while starts[-1] < len(ends):
             used = ends[starts[-1] - 1] if starts[-1] else 0
             starts.append(int(np.searchsorted(ends, used + self.window, side="right")))
-        self._starts = np.asarray(starts)
-        self._epoch = epoch
-        if self.batches_per_epoch == 0:
-            raise ValueError(f"{len(starts) - 1} windows do not fill a batch of {self.batch_size}: lower batch_size")
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return (len(self._starts) - 1) // self.batch_size
+        whole = (len(starts) - 1) // self.batch_size * self.batch_size
+        return [order[a:b] for a, b in pairwise(starts[: whole + 1])]
 
     def _document(self, index: int) -> np.ndarray:
         shard = self.shards[self.shard_of[index]]
@@ -104,33 +99,26 @@ class PackedDocuments:
 
     def batches(self, first: int = 0) -> Iterator[Batch]:
         """Endless batches from batch number ``first`` on (epochs follow one another)."""
-        epoch, index = 0, first
-        self._load_epoch(0)
-        while index >= self.batches_per_epoch:
-            index -= self.batches_per_epoch
-            epoch += 1
-            self._load_epoch(epoch)
-        while True:
-            yield self._batch(index)
-            index += 1
-            if index == self.batches_per_epoch:
-                epoch, index = epoch + 1, 0
-                self._load_epoch(epoch)
+        for epoch in count():
+            windows = self._windows(epoch)
+            batches = len(windows) // self.batch_size
+            for index in range(first, batches):
+                yield self._batch(windows[index * self.batch_size : (index + 1) * self.batch_size])
+            first = max(0, first - batches)
 
     def epoch(self) -> Iterator[Batch]:
         """The batches of the first epoch, once."""
-        self._load_epoch(0)
-        for index in range(self.batches_per_epoch):
-            yield self._batch(index)
+        windows = self._windows(0)
+        for start in range(0, len(windows), self.batch_size):
+            yield self._batch(windows[start : start + self.batch_size])
 
-    def _batch(self, index: int) -> Batch:
+    def _batch(self, windows: list[np.ndarray]) -> Batch:
         shape = (self.batch_size, self.window)
         inputs, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         labels = np.full(shape, IGNORED, np.int64)
-        for row in range(self.batch_size):
-            window = index * self.batch_size + row
+        for row, documents in enumerate(windows):
             at = 0
-            for document in self._order[self._starts[window] : self._starts[window + 1]]:
+            for document in documents:
                 ids = self._document(int(document)).astype(np.int64)
                 span = slice(at, at + len(ids) - 1)
                 inputs[row, span] = ids[:-1]

@@ -116,19 +116,18 @@ def evaluate_checkpoint(
     from rich.progress import track
 
     corpus = read_facts(facts or resolve(FACTS))
-    asked = read_evaluation(questions or resolve(QUESTIONS))
-    known = {fact.id for fact in corpus}
-    if missing := [fact_id for _, fact_id in asked if fact_id not in known]:
-        raise ValueError(f"the corpus has no fact {missing[0]!r}, which a question asks for")
+    asked = read_evaluation(questions or resolve(QUESTIONS), corpus)
     texts = [question for question, _ in asked]
     produce = answers_of_server if target.startswith("http") else answers_of_checkpoint
-    produced = list(track(produce(target, texts), "Answering", total=len(texts)))  # type: ignore[arg-type,operator]
+    produced = list(track(produce(target, texts), "Answering", total=len(texts)))  # type: ignore[arg-type]
     scorer = Scorer(corpus)
     wrong = []
     for (question, fact_id), answer in zip(asked, produced, strict=True):
         if not scorer.right(answer, fact_id):
             best, score = scorer.nearest(answer)
-            wrong.append({"id": fact_id, "question": question, "answer": answer, "nearest": best, "f1": round(score, 3)})
+            wrong.append(
+                {"id": fact_id, "question": question, "answer": answer, "nearest": best, "f1": round(score, 3)}
+            )
     share = 1 - len(wrong) / len(asked)
     print(f"{len(asked) - len(wrong)} of {len(asked)} phrasings answered with the right fact: {share:.1%}")
     if out:

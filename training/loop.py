@@ -46,17 +46,20 @@ def train(recipe: Recipe, out: Path, console: Console | None = None) -> Path:
     torch.manual_seed(t.seed)
     _describe_run(recipe, out)
 
-    tokenizer = prepare_data(recipe, out, console)
+    arch = registry.get(recipe.model.architecture)
+    preset = getattr(arch.config_class(), recipe.model.preset, None)
+    if preset is None:
+        raise ValueError(f"model.preset: {recipe.model.architecture} has no preset {recipe.model.preset!r}")
+    if unknown := sorted(set(recipe.model.changes) - set(preset().to_dict())):
+        raise ValueError(f"model.changes.{unknown[0]}: {recipe.model.architecture} has no such setting")
+    tokenizer = prepare_data(recipe, preset(**recipe.model.changes).max_position_embeddings, out, console)
     span = None
     if t.loss_on == "answers":
         span = (tokenizer.convert_tokens_to_ids(ASSISTANT), tokenizer.convert_tokens_to_ids(END_OF_TURN))
     data = PackedDocuments(open_shards(out / "data/train", out / "tokenizer"), t.window, t.batch_size, t.seed, span)
     held_out = PackedDocuments(open_shards(out / "data/held_out", out / "tokenizer"), t.window, t.batch_size, 0, span)
 
-    arch = registry.get(recipe.model.architecture)
-    config = getattr(arch.config_class(), recipe.model.preset)(
-        **({"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id} | recipe.model.changes)
-    )
+    config = preset(**({"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id} | recipe.model.changes))
     if config.vocab_size < len(tokenizer):
         raise ValueError(f"model.changes.vocab_size ({config.vocab_size}) is below the tokenizer's {len(tokenizer)}")
     if t.window > config.max_position_embeddings:
@@ -84,19 +87,21 @@ def train(recipe: Recipe, out: Path, console: Console | None = None) -> Path:
     return final
 
 
-def prepare_data(recipe: Recipe, out: Path, console: Console) -> Any:
+def prepare_data(recipe: Recipe, max_length: int, out: Path, console: Console) -> Any:
     """Trains the tokenizer and tokenises the rendered corpus, unless ``out`` has both; returns the tokenizer."""
     facts = read_facts(resolve(recipe.corpus.facts))
     renderer = Renderer(facts, Phrasing(resolve(recipe.corpus.facts).with_name("phrasing.toml")))
     if not (out / "tokenizer/tokenizer.json").exists():
-        console.print(f"[bold]Tokenizer[/] byte-level BPE of {recipe.tokenizer.vocab_size} tokens from {len(facts)} facts")
+        console.print(
+            f"[bold]Tokenizer[/] byte-level BPE of {recipe.tokenizer.vocab_size} tokens from {len(facts)} facts"
+        )
         texts = (text for f in facts for text in (f.answer, *(q.lower() for q in (*f.questions, *f.aliases))))
-        train_bpe(texts, recipe.tokenizer.vocab_size, recipe.train.window).save_pretrained(out / "tokenizer")
+        train_bpe(texts, recipe.tokenizer.vocab_size, max_length).save_pretrained(out / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     answers = {fact.id: fact.answer for fact in facts}
     held_out = (
         [{"role": "user", "content": question}, {"role": "assistant", "content": answers[fact_id]}]
-        for question, fact_id in read_evaluation(resolve(recipe.corpus.evaluation))
+        for question, fact_id in read_evaluation(resolve(recipe.corpus.evaluation), facts)
     )
     rendered = renderer.conversations(recipe.corpus.renders, recipe.train.seed)
     total = len(facts) * recipe.corpus.renders
@@ -122,9 +127,11 @@ def conversation_encoder(tokenizer_dir: Path) -> Callable[[Any], list[int]]:
     return lambda messages: encode_conversation(tokenizer, messages)
 
 
-def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
+def batch_loss(model: Any, batch: Batch) -> Tensor:
     """Sum over the batch's loss tokens of the cross-entropy, in nats. The head runs only where there is a loss."""
-    hidden = model.model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state  # (B, T, C)
+    hidden = model.model(
+        batch.input_ids, position_ids=batch.position_ids, use_cache=False
+    ).last_hidden_state  # (B, T, C)
     where = batch.labels != IGNORED  # (B, T)
     logits = model.lm_head(hidden[where])  # (loss tokens, V)
     return F.cross_entropy(logits.float(), batch.labels[where], reduction="sum")
@@ -183,14 +190,21 @@ def _run_steps(
     with _progress(console) as progress:
         bar = progress.add_task("Step", total=t.steps, completed=done, info="")
         for step in range(done, t.steps):
-            optimizers.set_lr(warmup_stable_decay(step, t.steps, o.warmup, o.decay_share))
+            factor = warmup_stable_decay(step, t.steps, o.warmup, o.decay_share)
+            optimizers.set_lr(factor)
             loss, norm = train_step(model, optimizers, batches, t.accumulation, t.clip)
             meter.update(t.batch_size * t.accumulation * t.window)
             progress.update(bar, advance=1, info=f"loss {loss:.3f}  {meter.tokens_per_second:,.0f} tok/s")
             number = step + 1
             if number % t.log_every == 0 or number == t.steps:
-                log.write(step=number, loss=loss, grad_norm=norm, lr=o.lr * warmup_stable_decay(step, t.steps, o.warmup, o.decay_share),
-                          tokens_per_second=meter.tokens_per_second, seconds=meter.seconds)  # fmt: skip
+                log.write(
+                    step=number,
+                    loss=loss,
+                    grad_norm=norm,
+                    lr=o.lr * factor,
+                    tokens_per_second=meter.tokens_per_second,
+                    seconds=meter.seconds,
+                )
             meter.pause()
             if number % t.eval_every == 0 or number == t.steps:
                 held_out_loss = evaluate(model, held_out)
@@ -206,9 +220,14 @@ def _run_steps(
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.completed:.0f}/{task.total}"),
-        TimeRemainingColumn(), TextColumn("{task.fields[info]}"), console=console,
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:.0f}/{task.total}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[info]}"),
+        console=console,
+    )
 
 
 def _describe_run(recipe: Recipe, out: Path) -> None:

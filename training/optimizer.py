@@ -30,6 +30,7 @@ class Muon(torch.optim.Optimizer):
             for shape, params in by_shape.items():
                 directions = []
                 for p in params:
+                    assert p.grad is not None
                     buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     buffer.lerp_(p.grad, 1 - group["momentum"])
                     directions.append(p.grad.lerp(buffer, group["momentum"]))

@@ -2,7 +2,7 @@
 
 A shard is a header, the tokens of all documents one after the other, and the offset at which each document starts:
 
-    | magic 8 | version u32 | bytes per token u32 | tokens u64 | documents u64 | tokenizer sha256 32 | tokens | offsets |
+    magic 8 | version u32 | bytes per token u32 | tokens u64 | documents u64 | tokenizer sha256 32 | tokens | offsets
 
 Numbers are little-endian. Tokens are uint16 when the vocabulary allows it, else uint32; offsets are uint64, one more
 than there are documents. Reading maps the file: it copies nothing and takes no memory of its own.

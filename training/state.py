@@ -1,7 +1,6 @@
 """Training checkpoints: what a run needs to go on as if it had never stopped."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizers: Optimizers, reci
         f.flush()
         os.fsync(f.fileno())
     temporary.rename(path)
-    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+    for old in sorted(folder.glob("step-*.pt"))[: -max(1, keep)]:
         old.unlink()
 
 
@@ -53,15 +52,10 @@ def resume(path: Path, model: nn.Module, optimizers: Optimizers, recipe: dict[st
             if state["recipe"].get(section, {}).get(name) != value
         )
         raise ValueError(
-            f"{path.parent.parent} holds a run with another recipe ({', '.join(changed)} differ): "
+            f"{path.parent.parent} holds a run with another recipe ({', '.join(changed) or 'name'}): "
             "choose another --out, or delete it to start over"
         )
     model.load_state_dict(state["model"])
     optimizers.load_state_dict(state["optimizers"])
     torch.set_rng_state(state["rng"])
     return int(state["step"])
-
-
-def remove_all(folder: Path) -> None:
-    """Removes the checkpoints of a finished run."""
-    shutil.rmtree(folder, ignore_errors=True)

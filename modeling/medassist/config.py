@@ -54,6 +54,10 @@ class MedAssistGPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "max_position_embeddings"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -61,7 +65,7 @@ class MedAssistGPTConfig(PreTrainedConfig):
                     f"({self.num_attention_heads}) unless head_dim is given"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.head_dim % 2:
+        if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -72,6 +76,8 @@ class MedAssistGPTConfig(PreTrainedConfig):
             raise ValueError(f"rope_layout must be one of {', '.join(ROPE_LAYOUTS)}, got {self.rope_layout!r}")
         if not self.tie_word_embeddings:
             raise ValueError("MedAssistGPT's head is its embedding: tie_word_embeddings must be true")
+        if "rope_theta" in kwargs:  # where older configurations keep it
+            self.rope_parameters = {"rope_theta": kwargs.pop("rope_theta")} | (self.rope_parameters or {})
         self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0} | (self.rope_parameters or {})
         if self.rope_parameters["rope_type"] != "default":
             raise ValueError(
@@ -91,10 +97,10 @@ class MedAssistGPTConfig(PreTrainedConfig):
 
     @classmethod
     def demo(cls, **changes: Any) -> "MedAssistGPTConfig":
-        """The size of the checkpoint shipped with the project: about 2 million parameters."""
+        """The size of the checkpoint shipped with the project: about 1 million parameters."""
         sizes: dict[str, Any] = dict(
-            vocab_size=3072, hidden_size=192, intermediate_size=448, num_hidden_layers=4,
-            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=0,
+            vocab_size=4096, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=0,
         )  # fmt: skip
         return cls(**(sizes | changes))
 

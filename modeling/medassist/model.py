@@ -139,7 +139,9 @@ class MedAssistGPTModel(MedAssistGPTPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:
+        # A cache holds one sequence a row; packed documents (positions that start again) are several.
+        packed = position_ids is not None and past_key_values is None and bool((position_ids.diff() < 0).any())
+        if use_cache and past_key_values is None and not self.training and not packed:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         longest = self.config.max_position_embeddings

@@ -50,6 +50,7 @@ class FlattenedRotary(nn.Module):
     def __init__(self, config: MedAssistGPTConfig, num_heads: int, num_kv_heads: int) -> None:
         super().__init__()
         assert config.head_dim is not None
+        assert config.rope_parameters is not None
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         half = config.head_dim // 2
         first_q = rank * num_heads
@@ -222,9 +223,7 @@ class MedAssistGPTModel(nn.Module):
             lambda prefix: MedAssistDecoderLayer(vllm_config, prefix),
             prefix=f"{prefix}.layers",
         )
-        self.norm = (
-            RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if group.is_last_rank else PPMissingLayer()
-        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if group.is_last_rank else PPMissingLayer()
         self.rotary = None
         if config.rope_layout == "flattened":
             ranks = get_tensor_model_parallel_world_size()

@@ -71,7 +71,9 @@ def create_app(engines: Sequence[Engine]) -> FastAPI:
             return ApiError(404, f"there is no route {request.url.path[:100]}", "not_found").response()
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "")
-            message = f"{request.method} is not allowed on {request.url.path[:100]}" + (f"; use {allowed}" if allowed else "")
+            message = f"{request.method} is not allowed on {request.url.path[:100]}" + (
+                f"; use {allowed}" if allowed else ""
+            )
             return ApiError(405, message, "method_not_allowed").response(error.headers)
         return ApiError(error.status_code, str(error.detail)).response(error.headers)
 
@@ -80,5 +82,3 @@ def create_app(engines: Sequence[Engine]) -> FastAPI:
         return ApiError(500, "internal error", "internal_error").response()
 
     return app
-
-

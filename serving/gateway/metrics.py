@@ -12,9 +12,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         r = self.registry
-        self.requests = Counter(
-            "medassist_requests_total", "Answered requests", ["route", "model", "code"], registry=r
-        )
+        self.requests = Counter("medassist_requests_total", "Answered requests", ["route", "model", "code"], registry=r)
         self.in_flight = Gauge("medassist_requests_in_flight", "Requests being answered", ["model"], registry=r)
         self.first_byte = Histogram(
             "medassist_time_to_first_byte_seconds",

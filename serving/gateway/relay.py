@@ -47,7 +47,9 @@ class Gate:
         if self.draining:
             raise ApiError(503, "the server is shutting down", "shutting_down", None, 5)
         if engine.state == "refused":
-            raise ApiError(503, "the model does not reproduce its training and is not served", "model_refused", None, 60)
+            raise ApiError(
+                503, "the model does not reproduce its training and is not served", "model_refused", None, 60
+            )
         if engine.state != "ready":
             raise ApiError(503, "the model's engine is starting", "engine_unavailable", None, engine.retry_after)
         return engine
@@ -145,18 +147,19 @@ class _Request:
             raise ApiError(
                 415, "the request's Content-Type must be application/json", "unsupported_media_type", "Content-Type"
             )
-        too_large = ApiError(413, f"the request is larger than {MAX_BODY // 2**20} MiB", "request_too_large")
-        if int(headers.get(b"content-length", b"0") or 0) > MAX_BODY:
-            raise too_large
-        body = b""
+        body, received = b"", 0
         while True:
             message = await self.receive()
             if message["type"] == "http.disconnect":
                 self.client_left = True
                 raise asyncio.CancelledError
-            body += message.get("body", b"")
-            if len(body) > MAX_BODY:
-                raise too_large
+            part = message.get("body", b"")
+            received += len(part)
+            if received <= MAX_BODY:
+                body += part
+            # A client that is still sending does not read: what is a little too large is received and thrown away.
+            if received > MAX_BODY and (not message.get("more_body") or received > 4 * MAX_BODY):
+                raise ApiError(413, f"the request is larger than {MAX_BODY // 2**20} MiB", "request_too_large")
             if not message.get("more_body"):
                 self.body_read.set()
                 return body

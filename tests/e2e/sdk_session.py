@@ -29,9 +29,7 @@ seen["finish_reason"] = plain.choices[0].finish_reason
 seen["usage_adds_up"] = plain.usage.prompt_tokens + plain.usage.completion_tokens == plain.usage.total_tokens
 
 text, usage, chunks = "", None, 0
-for chunk in create(
-    model=MODEL, messages=QUESTION, temperature=0, stream=True, stream_options={"include_usage": True}
-):
+for chunk in create(model=MODEL, messages=QUESTION, temperature=0, stream=True, stream_options={"include_usage": True}):
     chunks += 1
     text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
     usage = chunk.usage or usage
@@ -46,7 +44,7 @@ seen["max_tokens"] = [scored.usage.completion_tokens, scored.choices[0].finish_r
 stopped = create(model=MODEL, messages=QUESTION, temperature=0, stop=[" and"])
 seen["stopped"] = stopped.choices[0].message.content
 
-hot = dict(model=MODEL, messages=QUESTION, temperature=5.0, max_tokens=12, extra_body={"ignore_eos": True})
+hot = dict(model=MODEL, messages=QUESTION, temperature=2.0, top_p=1, max_tokens=24, extra_body={"ignore_eos": True})
 seen["seeded"] = [create(**hot, seed=s).choices[0].message.content for s in (7, 7, 8)]
 seen["n"] = [c.index for c in create(model=MODEL, messages=QUESTION, n=3, max_tokens=8).choices]
 

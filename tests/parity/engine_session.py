@@ -15,7 +15,7 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-from vllm import LLM, SamplingParams  # noqa: E402  the environment comes first
+from vllm import LLM, SamplingParams
 
 NEW_TOKENS = 16
 
@@ -45,12 +45,11 @@ if __name__ == "__main__":
     }
     for _ in range(2):
         outputs = llm.generate(prompts, greedy, use_tqdm=False)
-        result["greedy"].append(
-            [
-                {"ids": list(o.outputs[0].token_ids), "logprobs": [v[t].logprob for t, v in zip(o.outputs[0].token_ids, o.outputs[0].logprobs, strict=True)],
-                 "cached": o.num_cached_tokens}
-                for o in outputs
-            ]
-        )  # fmt: skip
+        result["greedy"].append([])
+        for output in outputs:
+            answer = output.outputs[0]
+            ids = list(answer.token_ids)
+            logprobs = [choices[token].logprob for token, choices in zip(ids, answer.logprobs, strict=True)]
+            result["greedy"][-1].append({"ids": ids, "logprobs": logprobs, "cached": output.num_cached_tokens})
     with open(out_file, "w") as f:
         json.dump(result, f)

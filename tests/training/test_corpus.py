@@ -81,7 +81,7 @@ HELD_OUT = sorted(set(MEDQA.glob("*.jsonl")) - {MEDQA / "facts.jsonl"})
 def test_held_out_questions_ask_for_known_facts_in_words_not_trained_on(path: Path, facts: list[Fact]) -> None:
     known = {fact.id for fact in facts}
     trained = {normalised(question) for fact in facts for question in fact.questions}
-    held_out = read_evaluation(path)
+    held_out = read_evaluation(path, facts)
     assert len(held_out) >= 300
     assert [fact_id for _, fact_id in held_out if fact_id not in known] == []
     assert [question for question, _ in held_out if normalised(question) in trained] == []

@@ -127,5 +127,19 @@ def test_no_documents_are_refused(tmp_path: Path, parts: tuple[list[list[int]], 
 
 
 def test_too_few_windows_for_a_batch_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lower batch_size"):
+    with pytest.raises(ValueError, match="lower train.batch_size"):
         next(pack(open_documents(tmp_path, [[1, 2, 3]])).batches())
+
+
+def test_documents_without_a_pair_of_tokens_change_nothing(tmp_path: Path) -> None:
+    with_empty = open_documents(tmp_path, [[], *DOCUMENTS[:30], [7], *DOCUMENTS[30:], []])
+    assert Counter(contents(pack(with_empty, batch_size=1).epoch())) == Counter(map(tuple, DOCUMENTS))
+
+
+def test_an_epoch_read_meanwhile_does_not_disturb_the_batches(shards: list[Shard]) -> None:
+    data, undisturbed = pack(shards), list(islice(pack(shards).batches(), 60))
+    batches = data.batches()
+    taken = list(islice(batches, 40))
+    list(data.epoch())
+    taken += islice(batches, 20)
+    assert all(map(same, taken, undisturbed))
