@@ -34,7 +34,8 @@ class Server:
         command = [sys.executable, "-m", "clients.cli", "serve", str(checkpoint), "--port", str(self.port)]
         command += ["--log-dir", str(log_dir), *arguments]
         with self.output.open("w") as f:
-            self.process = subprocess.Popen(command, stdout=f, stderr=f, env=os.environ | (env or {}))
+            # Away from the repository: the package that is tested is the installed one.
+            self.process = subprocess.Popen(command, cwd=log_dir, stdout=f, stderr=f, env=os.environ | (env or {}))
         self.root = f"http://127.0.0.1:{self.port}"
         self.base_url = f"{self.root}/v1"
         self.model = checkpoint.name

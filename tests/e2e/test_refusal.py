@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,14 @@ def checkpoint(tmp_path: Path) -> Path:
 def refusal(checkpoint: Path, tmp_path: Path, **env: str) -> str:
     """What ``medassist serve`` says; it must exit with 1 and must never have been ready."""
     server = Server(checkpoint, tmp_path / "logs", env=env)
-    assert server.process.wait(START_LIMIT) == 1, server.log
-    assert "ready:" not in server.log
+    deadline = time.monotonic() + START_LIMIT
+    try:
+        while server.process.poll() is None and time.monotonic() < deadline:
+            assert "ready:" not in server.log
+            time.sleep(0.2)
+        assert server.process.returncode == 1, server.log
+    finally:
+        server.stop()
     line = next(line for line in server.log.splitlines() if "NOT SERVED" in line)
     assert "altered-model" in line
     return line
