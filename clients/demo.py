@@ -32,8 +32,8 @@ STOP_SECONDS = 45.0  # above the 30 s that the server gives running requests
 GO_ON = """\
 How to go on
   make serve                                serves on http://127.0.0.1:8000/v1; then, in another terminal:
-  medassist ask "What is asthma?"           one answer
-  medassist chat                            a conversation
+  COMMAND ask "What is asthma?"
+  COMMAND chat
   docs/architecture.md                      how it works
 
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -67,7 +67,8 @@ def demonstrate(arguments: list[str]) -> None:
         typer.secho(f"\n{NOTICE}", dim=True)
         answered = [_ask(client, model, question) for question in QUESTIONS]
         typer.secho(f"\n{answered[0] - began:.1f} s from the start to the first answer\n", bold=True)
-        typer.echo(GO_ON.replace("MODEL", model) + "\n")
+        command = os.path.relpath(os.path.join(sys.prefix, "bin/medassist"))
+        typer.echo(GO_ON.replace("MODEL", model).replace("COMMAND", command) + "\n")
 
 
 def _ask(client: openai.OpenAI, model: str, question: str) -> float:
