@@ -1,6 +1,7 @@
 """``medassist serve``: engines, the gateway in front of them, and an orderly end."""
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import uvicorn
 
 from serving import fingerprint
 from serving.engine import Engine, EngineOptions, StartFailed, on_cpu
-from serving.gateway.app import create_app
+from serving.gateway.app import Gateway
 
 logger = logging.getLogger("medassist")
 
@@ -134,8 +135,8 @@ async def _serve(named: dict[str, Path], options: Options, listener: socket.sock
         Engine(name, path, engine_options, runtime, lambda model, text: report(f"{model}: {text}"), options.log_dir)
         for name, path in named.items()
     ]
-    app = create_app(engines)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=75)
+    gateway = Gateway(engines)
+    config = uvicorn.Config(gateway, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=75)
     server = _Server(config)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -154,13 +155,16 @@ async def _serve(named: dict[str, Path], options: Options, listener: socket.sock
             starting.result()
             watching = [asyncio.create_task(engine.watch()) for engine in engines]
             _write_state(options.log_dir, engines)
+            # Relaying makes much garbage and no cycles: scanning what lives for ever, again and again, is waste.
+            gc.freeze()
+            gc.set_threshold(50_000, 20, 20)
             host = f"[{options.host}]" if ":" in options.host else options.host
             report(f"ready: http://{host}:{listener.getsockname()[1]}/v1 serves {', '.join(named)}  (Ctrl-C stops)")
             await stopping
             report("stopping: no new requests, waiting for the running ones")
             for signum in (signal.SIGTERM, signal.SIGINT):  # a second signal does not wait
-                loop.add_signal_handler(signum, lambda: [task.cancel() for task in app.state.gate.running])
-            await app.state.gate.drain(options.drain_seconds)
+                loop.add_signal_handler(signum, lambda: [task.cancel() for task in gateway.gate.running])
+            await gateway.gate.drain(options.drain_seconds)
     except (fingerprint.Mismatch, StartFailed) as e:
         report(f"NOT SERVED: {e}")
         code = 1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from serving.engine import Engine
 from serving.gateway.errors import ApiError
@@ -16,15 +16,35 @@ from serving.gateway.relay import Gate, Relay
 RELAYED = ("/v1/chat/completions", "/v1/completions")
 
 
-def create_app(engines: Sequence[Engine]) -> FastAPI:
-    """The ASGI application for these engines. ``app.state.gate`` is told when to stop taking requests."""
+class Gateway:
+    """The ASGI application for these engines. ``gate`` is told when to stop taking requests.
+
+    Relayed requests go straight to their relay: FastAPI's middleware would wrap every chunk of every stream.
+    """
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        metrics = Metrics()
+        self.gate = Gate(engines)
+        self._relays = {route: Relay(route, self.gate, metrics) for route in RELAYED}
+        self._rest = _create_app(engines, self.gate, metrics)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        relay = self._relays.get(scope["path"]) if scope["type"] == "http" else None
+        if relay is not None and scope["method"] == "POST":
+            await relay(scope, receive, send)
+        else:
+            await self._rest(scope, receive, send)
+
+
+def _create_app(engines: Sequence[Engine], gate: Gate, metrics: Metrics) -> FastAPI:
     app = FastAPI(title="medassist", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    gate, metrics = Gate(engines), Metrics()
-    app.state.gate = gate
     created = int(time.time())
 
-    for route in RELAYED:
-        app.router.routes.append(Route(route, Relay(route, gate, metrics), methods=["POST"]))
+    @app.post(RELAYED[0])
+    @app.post(RELAYED[1])
+    async def relayed() -> None:
+        """Answered by :class:`Gateway`; named here so that other methods get 405."""
+        raise AssertionError("a POST to a relayed route got past the relay")
 
     @app.get("/v1/models")
     async def list_models() -> JSONResponse:

@@ -127,7 +127,7 @@ def test_no_documents_are_refused(tmp_path: Path, parts: tuple[list[list[int]], 
 
 
 def test_too_few_windows_for_a_batch_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lower train.batch_size"):
+    with pytest.raises(ValueError, match=r"lower train\.batch_size"):
         next(pack(open_documents(tmp_path, [[1, 2, 3]])).batches())
 
 
