@@ -5,7 +5,9 @@ Standard output gets the answers and nothing else, so that they can be piped; no
 
 import contextlib
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Generator
 from functools import cached_property
 from typing import Any
@@ -201,6 +203,9 @@ def chat(assistant: Assistant) -> int:
     except NoAnswer as e:
         _fail(e)
         return 1
+    if threading.current_thread() is threading.main_thread():
+        # Started in the background by a script, a program is told to ignore Ctrl-C; here it has a meaning.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     conversation = Conversation(assistant)
     read = _reader()
     while True:
