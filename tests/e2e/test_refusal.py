@@ -1,6 +1,7 @@
 """A model that does not reproduce its training is not served."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -53,7 +54,9 @@ def test_a_fingerprint_altered_by_hand(checkpoint: Path, tmp_path: Path) -> None
     content["probes"][1]["logprobs"][3] += 0.001
     path.write_text(json.dumps(content))
     message = refusal(checkpoint, tmp_path)
-    assert "off by up to 0.001" in message
+    found = re.search(r"off by up to ([\d.e-]+)", message)
+    assert found
+    assert float(found[1]) == pytest.approx(0.001, abs=1e-4)
     assert "probe 2, token 4" in message
 
 
