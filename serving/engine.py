@@ -31,6 +31,10 @@ STABLE_AFTER = 60.0  # seconds of service after which the back-off starts again 
 # vLLM closes idle connections after 5 s; ours must go first, or a request meets a closing socket.
 KEEP_ALIVE = 4.0
 
+# Bytes of weights below which an event for every token costs more than the token: such models stream the first token at
+# once and then four to an event.
+SMALL_MODEL = 64 * 2**20
+
 # What vLLM logs when it reaches a stage, and what we call the stage.
 STAGES = (
     ("Starting to load model", "loading weights"),
@@ -130,6 +134,8 @@ class Engine:
         if on_cpu():
             command += ["--kv-cache-memory-bytes", str(int(o.kv_cache_gib * 2**30))]
             command += ["--distributed-executor-backend", "uni"]
+            if sum(path.stat().st_size for path in self.checkpoint.glob("*.safetensors")) < SMALL_MODEL:
+                command += ["--stream-interval", "4"]
         return command
 
     def environment(self) -> dict[str, str]:
