@@ -3,6 +3,15 @@
 Standard library only: reading this table loads neither torch, transformers nor vllm. Classes are named by
 ``"package.module:Class"`` strings and imported when first asked for; vLLM takes the same strings, so that its API
 server never imports a model (and never initialises CUDA before it forks).
+
+What belongs to an architecture lies in its folder under names that are the same for all of them:
+
+    config.py      the configuration; its public classmethods are the presets
+    model.py       the trainable torch module
+    vllm_model.py  the vLLM class
+    published.py   LAYOUT: tensor names and configurations of files that others have published (modeling.importing.layout)
+    reference.py   REFERENCE: what the architecture is checked against (modeling.reference)
+    README.md      the card
 """
 
 import importlib
@@ -15,39 +24,51 @@ class Architecture:
     """One architecture.
 
     Attributes:
+        package: the folder, as a Python package.
         model_type: ``model_type`` in ``config.json``; the key of Hugging Face's ``AutoConfig``.
-        hf_name: entry of ``architectures`` in ``config.json``; the key of vLLM's model registry.
-        config: ``"module:Class"`` of the Hugging Face configuration.
-        model: ``"module:Class"`` of the trainable torch module.
-        vllm_model: ``"module:Class"`` of the vLLM class.
+        hf_name: name of the torch module and of the vLLM class; entry of ``architectures`` in ``config.json``.
+        config_name: name of the configuration class.
     """
 
+    package: str
     model_type: str
     hf_name: str
-    config: str
-    model: str
-    vllm_model: str
+    config_name: str
+
+    @property
+    def vllm_model(self) -> str:
+        """``"module:Class"`` of the vLLM class."""
+        return f"{self.package}.vllm_model:{self.hf_name}"
 
     def config_class(self) -> Any:
-        return load(self.config)
+        return load(f"{self.package}.config:{self.config_name}")
 
     def model_class(self) -> Any:
-        return load(self.model)
+        return load(f"{self.package}.model:{self.hf_name}")
 
+    def layout(self) -> Any:
+        """The :class:`modeling.importing.layout.Layout` of its published files."""
+        return load(f"{self.package}.published:LAYOUT")
 
-def _architecture(package: str, model_type: str, hf_name: str, config_class: str) -> Architecture:
-    return Architecture(
-        model_type=model_type,
-        hf_name=hf_name,
-        config=f"{package}.config:{config_class}",
-        model=f"{package}.model:{hf_name}",
-        vllm_model=f"{package}.vllm_model:{hf_name}",
-    )
+    def reference(self) -> Any:
+        """The :class:`modeling.reference.Reference` that tests check it against."""
+        return load(f"{self.package}.reference:REFERENCE")
+
+    def presets(self) -> dict[str, Any]:
+        """Names and constructors of its sizes: the public classmethods that its configuration class defines."""
+        config = self.config_class()
+        names = [n for n, v in vars(config).items() if isinstance(v, classmethod) and not n.startswith("_")]
+        return {name: getattr(config, name) for name in names}
 
 
 REGISTRY: dict[str, Architecture] = {
     arch.model_type: arch
-    for arch in (_architecture("modeling.medassist", "medassist_gpt", "MedAssistGPTForCausalLM", "MedAssistGPTConfig"),)
+    for arch in (
+        Architecture("modeling.medassist", "medassist_gpt", "MedAssistGPTForCausalLM", "MedAssistGPTConfig"),
+        Architecture("modeling.gatorgpt", "gatorgpt", "GatorGPTForCausalLM", "GatorGPTConfig"),
+        Architecture("modeling.gpt", "gpt", "GPTForCausalLM", "GPTConfig"),
+        Architecture("modeling.tinymorfer", "tinymorfer", "TinymorferForCausalLM", "TinymorferConfig"),
+    )
 }
 
 

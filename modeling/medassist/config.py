@@ -105,6 +105,12 @@ class MedAssistGPTConfig(PreTrainedConfig):
         return cls(**(sizes | changes))
 
     @classmethod
+    def published_73m(cls, **changes: Any) -> "MedAssistGPTConfig":
+        """The first draft, called "500M": 72,930,304 parameters, GPT-2's vocabulary."""
+        return cls(**(dict(vocab_size=50257, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
+                           num_attention_heads=8, rope_layout="flattened") | changes))  # fmt: skip
+
+    @classmethod
     def published_86m(cls, **changes: Any) -> "MedAssistGPTConfig":
         """kunjcr2/MedAssistGPT: 86,578,176 parameters."""
         return cls(**(dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=16,

@@ -15,10 +15,10 @@ H query heads, K key/value heads, D head_dim.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from modeling.layers.decoding import CausalLMHead, begin
 from modeling.layers.rope import cos_sin, inverse_frequencies, rotate_halves, rotate_neighbours
 from modeling.medassist.config import MedAssistGPTConfig
 
@@ -138,39 +138,16 @@ class MedAssistGPTModel(MedAssistGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        # A cache holds one sequence a row; packed documents (positions that start again) are several.
-        packed = position_ids is not None and past_key_values is None and bool((position_ids.diff() < 0).any())
-        if use_cache and past_key_values is None and not self.training and not packed:
-            past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        longest = self.config.max_position_embeddings
-        if past + x.shape[1] > longest:
-            raise ValueError(
-                f"{past + x.shape[1]} tokens are more than the {longest} this model was built for "
-                "(max_position_embeddings)"
-            )
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,  # positions that start again at 0 keep packed documents apart
-        )  # None, or (B, 1, T, S)
-        if position_ids is None:
-            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]  # (1, T)
-        rope_q, rope_k = self._rope(position_ids)
+        use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
+        positions, mask, cache = begin(self.config, x, attention_mask, position_ids, past_key_values, use_cache)
+        rope_q, rope_k = self._rope(positions)
         for layer in self.layers:
-            x = layer(x, rope_q, rope_k, mask, past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+            x = layer(x, rope_q, rope_k, mask, cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
 
 
-class MedAssistGPTForCausalLM(MedAssistGPTPreTrainedModel, GenerationMixin):
-    """MedAssistGPT with its tied head.
-
-    ``forward`` takes ``input_ids`` (B, T), optionally ``attention_mask`` (B, S), ``position_ids`` (B, T), a cache and
-    ``labels`` (B, T; -100 is ignored; shifted here), and returns logits (B, T, V).
-    """
+class MedAssistGPTForCausalLM(CausalLMHead, MedAssistGPTPreTrainedModel, GenerationMixin):
+    """MedAssistGPT with its tied head; ``forward`` is :class:`CausalLMHead`'s."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -179,23 +156,3 @@ class MedAssistGPTForCausalLM(MedAssistGPTPreTrainedModel, GenerationMixin):
         self.model = MedAssistGPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: object,
-    ) -> CausalLMOutputWithPast:
-        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, keep])  # (B, T, V)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)

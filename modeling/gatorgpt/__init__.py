@@ -1,0 +1,1 @@
+"""GatorGPT: MedAssistGPT's mathematics in other sizes, trained on children's stories."""

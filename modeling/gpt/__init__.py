@@ -1,0 +1,1 @@
+"""GPT: learned positions, LayerNorm and GELU, without an output projection after attention; causal or bidirectional."""
