@@ -9,12 +9,14 @@ What belongs to an architecture lies in its folder under names that are the same
     config.py      the configuration; its public classmethods are the presets
     model.py       the trainable torch module
     vllm_model.py  the vLLM class
-    published.py   LAYOUT: tensor names and configurations of files that others have published (modeling.importing.layout)
+    vllm_config.py (where needed) ConfigUpdate: what the architecture changes in vLLM's settings
+    published.py   LAYOUT: tensor names and configurations of files published by others (modeling.importing.layout)
     reference.py   REFERENCE: what the architecture is checked against (modeling.reference)
     README.md      the card
 """
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,12 @@ class Architecture:
     def vllm_model(self) -> str:
         """``"module:Class"`` of the vLLM class."""
         return f"{self.package}.vllm_model:{self.hf_name}"
+
+    def vllm_config(self) -> Any:
+        """Its ``ConfigUpdate`` for vLLM's settings, or None."""
+        if importlib.util.find_spec(f"{self.package}.vllm_config") is None:
+            return None
+        return load(f"{self.package}.vllm_config:ConfigUpdate")
 
     def config_class(self) -> Any:
         return load(f"{self.package}.config:{self.config_name}")

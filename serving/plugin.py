@@ -20,6 +20,7 @@ def register() -> None:
     if os.environ.get(DIE_WITH_PARENT):
         die_with_parent()
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     import modeling  # noqa: F401  registers the configurations with transformers
     from modeling.registry import REGISTRY
@@ -28,6 +29,8 @@ def register() -> None:
     for arch in REGISTRY.values():
         if arch.hf_name not in known:
             ModelRegistry.register_model(arch.hf_name, arch.vllm_model)
+        if (update := arch.vllm_config()) is not None:
+            MODELS_CONFIG_MAP[arch.hf_name] = update
 
 
 def die_with_parent() -> None:

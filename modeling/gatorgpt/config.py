@@ -6,7 +6,7 @@ from modeling.medassist.config import MedAssistGPTConfig
 
 
 class GatorGPTConfig(MedAssistGPTConfig):
-    """Sizes of a GatorGPT: fields and meaning are those of :class:`MedAssistGPTConfig`, for the two are one architecture.
+    """Sizes of a GatorGPT. Fields and meaning are those of :class:`MedAssistGPTConfig`: the two are one architecture.
 
     The defaults are those of version 1.
     """

@@ -54,9 +54,7 @@ def begin(
     return Step(position_ids, mask, past_key_values)
 
 
-def begin_bidirectional(
-    config: Any, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> Step:
+def begin_bidirectional(config: Any, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Step:
     """The same for a model whose tokens all see each other: nothing can be cached.
 
     Raises:
@@ -70,7 +68,7 @@ def begin_bidirectional(
         return Step(torch.arange(x.shape[1], device=x.device)[None], mask, None)
     document = F.pad((position_ids.diff() < 0).cumsum(-1), (1, 0))  # (B, T): how many began before
     if bool(document.any()):
-        same = (document[:, None, :, None] == document[:, None, None, :])  # (B, 1, T, T)
+        same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
         mask = same if mask is None else same & mask
     return Step(position_ids, mask, None)
 
@@ -78,7 +76,9 @@ def begin_bidirectional(
 def check_length(config: Any, length: int) -> None:
     longest = config.max_position_embeddings
     if length > longest:
-        raise ValueError(f"{length} tokens are more than the {longest} this model was built for (max_position_embeddings)")
+        raise ValueError(
+            f"{length} tokens are more than the {longest} this model was built for (max_position_embeddings)"
+        )
 
 
 class CausalLMHead:

@@ -10,7 +10,6 @@ Shapes: N tokens of all running requests, C hidden_size, F intermediate_size, H 
 D head_dim of this tensor-parallel rank.
 """
 
-from collections.abc import Iterable
 from itertools import islice
 
 import torch
@@ -19,25 +18,22 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP, SupportsQuant
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import (
-    AutoWeightsLoader,
     PPMissingLayer,
     WeightsMapper,
     make_empty_intermediate_tensors_factory,
     make_layers,
-    maybe_prefix,
 )
 from vllm.sequence import IntermediateTensors
 
 from modeling.layers.rope import cos_sin, inverse_frequencies, rotate_neighbours
+from modeling.layers.vllm_attention import PagedAttention
+from modeling.layers.vllm_causal_lm import CausalLM
 from modeling.medassist.config import MedAssistGPTConfig
 
 
@@ -127,7 +123,7 @@ class MedAssistAttention(nn.Module):
                 rope_parameters=config.rope_parameters,
                 is_neox_style=True,
             )
-        self.attn = Attention(
+        self.attn = PagedAttention(
             self.num_heads,
             config.head_dim,
             scale=config.head_dim**-0.5,
@@ -259,7 +255,8 @@ class MedAssistGPTModel(nn.Module):
         return x
 
 
-class MedAssistGPTForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
+class MedAssistGPTForCausalLM(CausalLM):
+    body = MedAssistGPTModel
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={
             ".q_proj": (".qkv_proj", "q"),
@@ -273,38 +270,3 @@ class MedAssistGPTForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
-    embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__()
-        config = vllm_config.model_config.hf_config
-        self.model = MedAssistGPTModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        if get_pp_group().is_last_rank:
-            self.lm_head = ParallelLMHead(
-                config.vocab_size,
-                config.hidden_size,
-                quant_config=vllm_config.quant_config,
-                prefix=maybe_prefix(prefix, "lm_head"),
-            ).tie_weights(self.model.embed_tokens)
-        else:
-            self.lm_head = PPMissingLayer()
-        self.logits_processor = LogitsProcessor(config.vocab_size)
-        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
-
-    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        return self.model.embed_input_ids(input_ids)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
-
-    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        return self.logits_processor(self.lm_head, hidden_states)
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)

@@ -1,55 +1,85 @@
-"""Scores and continues prompts in a vLLM engine inside this process; run by test_parity.py in a process of its own.
+"""Runs vLLM engines inside this process, one after the other: one import of vLLM for many checks.
 
-    python engine_session.py CHECKPOINT PROMPTS.json OUT.json '{"enforce_eager": true, ...}'
+    python -m tests.parity.engine_session JOBS.json OUT.json
 
-Each prompt is run twice: the second time, whole blocks of it come from the prefix cache.
+A job is ``{"checkpoint", "options", "prompts", "new_tokens", "lora": [{"name", "path"}, ...]}``. Every prompt is scored,
+then continued greedily, twice: the second time, whole blocks of it come from the prefix cache. All prompts are in one
+call, so that the engine mixes prefill and decode of many requests. With adapters, each prompt is given once to the
+model alone and once to each adapter, all in the same call.
 """
 
+import gc
 import json
 import os
 import sys
+from typing import Any
 
-os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-from vllm import LLM, SamplingParams
+os.environ.update(ENVIRONMENT)
 
-NEW_TOKENS = 16
 
-if __name__ == "__main__":
-    checkpoint, prompts_file, out_file, options = sys.argv[1:]
-    with open(prompts_file) as f:
-        prompts = [{"prompt_token_ids": ids} for ids in json.load(f)]
-    llm = LLM(
-        checkpoint,
-        dtype="float32",
-        kv_cache_memory_bytes=256 * 2**20,
-        enable_prefix_caching=True,
-        enable_chunked_prefill=True,
-        max_num_batched_tokens=128,  # prompts beyond 128 tokens are prefilled in chunks
-        max_num_seqs=8,
-        distributed_executor_backend="uni",
-        **json.loads(options),
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Results of a job: ``prompt_logprobs`` and, per pass, ``greedy`` ids, log-probabilities and cached tokens."""
+    from vllm import LLM, SamplingParams
+
+    parallel = {"tensor_parallel_size", "pipeline_parallel_size"} & job["options"].keys()
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "kv_cache_memory_bytes": 64 * 2**20,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 128,  # prompts beyond 128 tokens are prefilled in chunks
+        "max_num_seqs": 8,
+        "skip_tokenizer_init": True,
+        "distributed_executor_backend": "mp" if parallel else "uni",
+    }
+    llm = LLM(job["checkpoint"], **(options | job["options"]))
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    requests: dict[str, Any] = {}
+    adapters = [None]
+    if job.get("lora"):
+        from vllm.lora.request import LoRARequest
+
+        adapters += [LoRARequest(a["name"], number, a["path"]) for number, a in enumerate(job["lora"], 1)]
+        requests["lora_request"] = [adapter for adapter in adapters for _ in prompts]
+        prompts = prompts * len(adapters)
+    scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    greedy = SamplingParams(
+        temperature=0, max_tokens=job["new_tokens"], logprobs=0, ignore_eos=True, detokenize=False
     )
-    scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=0, ignore_eos=True)
-    scored = llm.generate(prompts, scoring, use_tqdm=False)
-    result = {
+    scored = llm.generate(prompts, scoring, use_tqdm=False, **requests)
+    result: dict[str, Any] = {
         "prompt_logprobs": [
-            [next(iter(position.values())).logprob for position in output.prompt_logprobs[1:]] for output in scored
+            [choices[token].logprob for token, choices in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:], strict=True)]
+            for o in scored
         ],
         "greedy": [],
     }
     for _ in range(2):
-        outputs = llm.generate(prompts, greedy, use_tqdm=False)
-        result["greedy"].append([])
-        for output in outputs:
+        answers = []
+        for output in llm.generate(prompts, greedy, use_tqdm=False, **requests):
             answer = output.outputs[0]
             ids = list(answer.token_ids)
             logprobs = [choices[token].logprob for token, choices in zip(ids, answer.logprobs, strict=True)]
-            result["greedy"][-1].append({"ids": ids, "logprobs": logprobs, "cached": output.num_cached_tokens})
-    with open(out_file, "w") as f:
-        json.dump(result, f)
+            answers.append({"ids": ids, "logprobs": logprobs, "cached": output.num_cached_tokens})
+        result["greedy"].append(answers)
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    return result
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as f:
+        jobs = json.load(f)
+    results = []
+    for job in jobs:
+        try:
+            results.append(run(job))
+        except Exception as e:
+            results.append({"error": f"{type(e).__name__}: {e}"})
+        with open(sys.argv[2], "w") as f:
+            json.dump(results, f)
