@@ -74,7 +74,7 @@ class GPTAttention(nn.Module):
         q, k, v = qkv.chunk(3, dim=-1)
         out = self.attn(q, k, v) if lengths is None else self.attn(q, k, v, lengths)  # (N, H * D)
         # No output projection, whose all-reduce would otherwise bring the ranks' heads together.
-        return tensor_model_parallel_all_gather(out) if self.ranks > 1 else out  # (N, C)
+        return tensor_model_parallel_all_gather(out.contiguous()) if self.ranks > 1 else out  # (N, C)
 
 
 class GPTMLP(nn.Module):

@@ -11,7 +11,10 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP, SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, WeightsMapper, maybe_prefix
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
+
+from modeling.layers import vllm_cpu_lora
 
 
 class CausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
@@ -26,11 +29,16 @@ class CausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
 
     body: ClassVar[type[nn.Module]]
     hf_to_vllm_mapper: WeightsMapper = WeightsMapper()
-    embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}
+    # Adapters of embedding and head are refused: with them vLLM cannot score prompts (``prompt_logprobs``, ``echo``),
+    # on which the comparison with the fingerprint rests, and where the two are one matrix their meaning is unclear.
+    embedding_modules: ClassVar[dict[str, str]] = {}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        if current_platform.is_cpu():
+            vllm_cpu_lora.mend()
         config = vllm_config.model_config.hf_config
+        self.config = config  # vLLM's LoRA manager reads it
         self.model = self.body(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()
         if get_pp_group().is_last_rank:

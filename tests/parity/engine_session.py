@@ -2,10 +2,10 @@
 
     python -m tests.parity.engine_session JOBS.json OUT.json
 
-A job is ``{"checkpoint", "options", "prompts", "new_tokens", "lora": [{"name", "path"}, ...]}``. Every prompt is scored,
-then continued greedily, twice: the second time, whole blocks of it come from the prefix cache. All prompts are in one
-call, so that the engine mixes prefill and decode of many requests. With adapters, each prompt is given once to the
-model alone and once to each adapter, all in the same call.
+A job is ``{"checkpoint", "options", "prompts", "new_tokens", "lora": [{"name", "path"}, ...]}``. Every prompt is
+scored, then continued greedily, twice: the second time, whole blocks of it come from the prefix cache. All prompts are
+in one call, so that the engine mixes prefill and decode of many requests. With adapters, each prompt is given once to
+the model alone and once to each adapter, all in the same call.
 """
 
 import gc
@@ -47,13 +47,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         requests["lora_request"] = [adapter for adapter in adapters for _ in prompts]
         prompts = prompts * len(adapters)
     scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    greedy = SamplingParams(
-        temperature=0, max_tokens=job["new_tokens"], logprobs=0, ignore_eos=True, detokenize=False
-    )
+    greedy = SamplingParams(temperature=0, max_tokens=job["new_tokens"], logprobs=0, ignore_eos=True, detokenize=False)
     scored = llm.generate(prompts, scoring, use_tqdm=False, **requests)
     result: dict[str, Any] = {
         "prompt_logprobs": [
-            [choices[token].logprob for token, choices in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:], strict=True)]
+            [
+                choices[token].logprob
+                for token, choices in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:], strict=True)
+            ]
             for o in scored
         ],
         "greedy": [],

@@ -1,105 +1,168 @@
-"""The engine computes what the trained module computes: every architecture of the registry, in float32.
+"""The engine computes what the trained module computes: every architecture of the registry and every variant.
 
-Twenty prompts of 1 to 400 tokens, chunked prefill and prefix caching on, eager and compiled. The oracle is the
-Hugging Face module without a cache.
+Twenty prompts of 1 to near the longest length in one batch, 32 tokens after each, chunked prefill and prefix caching
+on. The oracle is the Hugging Face module without a cache. Random weights, so that nothing is learned to be insensitive.
 """
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from modeling import checkpoint
-from modeling.fingerprint import probe_ids
-from modeling.registry import REGISTRY
-from modeling.tokenizers import train_bpe
 from tests.e2e.server import CHECKPOINT
+from tests.lora import merge
+from tests.parity.harness import (
+    KINDS,
+    NEW_TOKENS,
+    TOLERANCE,
+    Case,
+    Engines,
+    Variant,
+    adapters,
+    differences,
+    prompts,
+    run_jobs,
+    save,
+    variants,
+)
 
 pytestmark = pytest.mark.engine
-LENGTHS = (1, 2, 3, 5, 8, 13, 31, 64, 96, 127, 128, 129, 130, 160, 200, 255, 256, 257, 300, 400)
-TOLERANCE = 1e-4  # nats
-# What to vary of each architecture's tiny configuration.
-VARIANTS: dict[str, list[dict]] = {"medassist_gpt": [{"rope_layout": "per_head"}, {"rope_layout": "flattened"}]}
+
+# What `make test` runs beside the eager cases; `make parity` runs all of them.
+QUICK = {
+    ("compiled", "medassist_gpt", 1),  # the flattened layout, whose rotation has a path of its own for compiling
+    ("tensor-parallel", "medassist_gpt", 1),  # each rank rotates with its part of the frequencies
+    ("tensor-parallel", "gpt", 0),  # heads gathered without an output projection
+    ("pipeline-parallel", "gpt", 0),  # learned positions on the first stage, an untied head on the last
+    ("lora", "medassist_gpt", 1),
+    ("lora", "tinymorfer", 0),  # a projection that is fused in the checkpoint
+}
+# What a model whose tokens all see each other cannot do; it says so (test_bidirectional_refusals).
+CAUSAL_ONLY = {"pipeline-parallel", "lora"}
 
 
-@dataclass(frozen=True)
-class Case:
-    model_type: str
-    changes: dict
-    options: dict
-
-    @property
-    def name(self) -> str:
-        return "-".join([self.model_type, *map(str, self.changes.values()), *self.options]) or self.model_type
-
-
-def cases() -> list:
-    """Every architecture and variant, eager and compiled; `make test` compiles one variant of each."""
-    params = []
-    for model_type in REGISTRY:
-        for number, changes in enumerate(VARIANTS.get(model_type, [{}])):
-            eager = Case(model_type, changes, {"enforce_eager": True})
-            compiled = Case(model_type, changes, {"compiled": True})
-            params.append(pytest.param(eager, id=eager.name))
-            marks = [] if number == len(VARIANTS.get(model_type, [{}])) - 1 else [pytest.mark.slow]
-            params.append(pytest.param(compiled, id=compiled.name, marks=marks))
-    return params
+def cases(*kinds: str) -> list[Any]:
+    result = []
+    for kind in kinds:
+        for variant in variants():
+            if kind in CAUSAL_ONLY and not variant.causal:
+                continue
+            quick = kind == "eager" or (kind, variant.arch.model_type, variant.number) in QUICK
+            result.append(
+                pytest.param(
+                    Case(kind, variant), id=f"{kind}-{variant.name}", marks=[] if quick else [pytest.mark.slow]
+                )
+            )
+    return result
 
 
-def write_random(directory: Path, case: Case) -> None:
-    """A checkpoint of the architecture's tiny size, with weights large enough that a mistake shows."""
-    tokenizer = train_bpe(["a small text"], 260, 512)
-    config = REGISTRY[case.model_type].config_class().tiny(vocab_size=len(tokenizer), **case.changes)
+@pytest.mark.parametrize("case", cases("eager", "compiled", "tensor-parallel", "pipeline-parallel"))
+def test_served_logprobs_are_the_modules(case: Case, engines: Engines) -> None:
+    result = engines.result(case)
+    model = case.variant.module()
+    worst, others = differences(model, prompts(model.config.vocab_size), result)
+    assert worst < TOLERANCE
+    assert others == 0, "greedy tokens that are not the module's likeliest"
+    cached = max(answer["cached"] for answer in result["greedy"][1])
+    assert cached >= 256 if case.variant.causal else cached == 0, "the prefix cache"
+
+
+@pytest.mark.parametrize("case", cases("lora"))
+def test_served_adapter_is_the_merged_one(case: Case, engines: Engines) -> None:
+    """Each projection alone and all together, in one batch with requests to the model alone."""
+    job, result = engines.job(case), engines.result(case)
+    names = adapters(engines.checkpoint(case.variant), engines.directory)
+    count = len(job["prompts"])
+    for number, path in enumerate([None, *names.values()]):
+        model = case.variant.module()
+        if path is not None:
+            plain = model(torch.tensor([job["prompts"][0]])).logits
+            merge(model, path)
+            assert (model(torch.tensor([job["prompts"][0]])).logits - plain).abs().max() > 0.1, "too weak to show"
+        part = slice(number * count, (number + 1) * count)
+        served = {
+            "prompt_logprobs": result["prompt_logprobs"][part],
+            "greedy": [answers[part] for answers in result["greedy"]],
+        }
+        worst, others = differences(model, job["prompts"], served)
+        assert worst < TOLERANCE, path
+        assert others == 0, path
+
+
+def llama_of(variant: Variant) -> LlamaForCausalLM:
+    """Llama with the variant's hidden size, layers and vocabulary, and weights drawn alike."""
+    config = variant.config()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers, num_attention_heads=2, num_key_value_heads=2, head_dim=32,
+            max_position_embeddings=config.max_position_embeddings, tie_word_embeddings=config.tie_word_embeddings,
+            bos_token_id=None, eos_token_id=None,
+        )
+    ).eval()  # fmt: skip
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in llama.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.15 + (parameter.ndim == 1))
-    checkpoint.write(directory, model, tokenizer)
-
-
-def compare(directory: Path, options: dict, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    prompts = [probe_ids(length, model.config.vocab_size) for length in LENGTHS]
-    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    options = {"enforce_eager": False} if "compiled" in options else options
-    script = Path(__file__).with_name("engine_session.py")
-    command = [sys.executable, str(script), str(directory), str(tmp_path / "prompts.json"), str(tmp_path / "out.json")]
-    env = os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run([*command, json.dumps(options)], env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    served = json.loads((tmp_path / "out.json").read_text())
-
-    first, second = served["greedy"]
-    assert max(run["cached"] for run in second) >= 256, "the prefix cache was not used"
-    for ids, prompt_logprobs, *runs in zip(prompts, served["prompt_logprobs"], first, second, strict=True):
-        for run in runs:
-            whole = torch.tensor([ids + run["ids"]])
-            with torch.no_grad():
-                expected = model(whole, use_cache=False).logits[0].log_softmax(-1)
-            scores = expected[:-1].gather(1, whole[0, 1:, None])[:, 0]
-            actual = torch.tensor(prompt_logprobs + run["logprobs"])
-            assert (actual - scores).abs().max() < TOLERANCE, len(ids)
-            greedy = expected[len(ids) - 1 : -1].argmax(-1).tolist()
-            assert run["ids"] == greedy, len(ids)
-
-
-@pytest.mark.parametrize("case", cases())
-def test_random_weights(case: Case, tmp_path: Path) -> None:
-    write_random(tmp_path / "model", case)
-    compare(tmp_path / "model", case.options, tmp_path)
+    return llama
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"enforce_eager": True}, {"compiled": True}], ids=["eager", "compiled"])
-def test_the_shipped_checkpoint(options: dict, tmp_path: Path) -> None:
-    compare(CHECKPOINT, options, tmp_path)
+@pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name)
+def test_bfloat16_is_as_exact_as_vllms_llama(variant: Variant, tmp_path: Path) -> None:
+    """Against float32 with the same rounded weights; at most three times what Llama's class of vLLM shows."""
+    models = {"ours": variant.module(), "llama": llama_of(variant)}
+    ids = prompts(models["ours"].config.vocab_size)
+    jobs = []
+    for name, model in models.items():
+        model.to(torch.bfloat16)
+        save(model, tmp_path / name)
+        model.float()
+        jobs.append(
+            {
+                "checkpoint": str(tmp_path / name),
+                "options": KINDS["bfloat16"][0],
+                "prompts": ids,
+                "new_tokens": NEW_TOKENS,
+            }
+        )
+    results = run_jobs(tmp_path / "engines", jobs, "bfloat16")
+    errors = {n: differences(m, ids, r)[0] for (n, m), r in zip(models.items(), results, strict=True)}
+    assert errors["ours"] <= 3 * errors["llama"], errors
+
+
+REFUSED = {
+    "speculative decoding": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+    "LoRA": {"enable_lora": True},
+    "pipeline": {"pipeline_parallel_size": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [v for v in variants() if not v.causal], ids=lambda v: v.name)
+def test_bidirectional_models_refuse_what_needs_causal_attention(variant: Variant, tmp_path: Path) -> None:
+    save(variant.module(), tmp_path / "model")
+    jobs = [
+        {"checkpoint": str(tmp_path / "model"), "options": options | {"enforce_eager": True}, "prompts": [[1]],
+         "new_tokens": 1}
+        for options in REFUSED.values()
+    ]  # fmt: skip
+    for words, result in zip(REFUSED, run_jobs(tmp_path / "engines", jobs, "eager"), strict=True):
+        assert words in result["error"]
+        assert "causal: false" in result["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
+def test_the_shipped_checkpoint(kind: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    ids = prompts(model.config.vocab_size)
+    job = {"checkpoint": str(CHECKPOINT), "options": KINDS[kind][0], "prompts": ids, "new_tokens": NEW_TOKENS}
+    worst, others = differences(model, ids, run_jobs(tmp_path, [job], kind)[0])
+    assert worst < TOLERANCE
+    assert others == 0
 
 
 def test_the_shipped_tokenizer_restores_any_text() -> None:
