@@ -65,11 +65,13 @@ def begin_bidirectional(config: Any, x: Tensor, attention_mask: Tensor | None, p
     if attention_mask is not None and not attention_mask.bool().all():
         mask = attention_mask[:, None, None, :].bool().expand(-1, 1, x.shape[1], -1)  # (B, 1, T, T)
     if position_ids is None:
-        return Step(torch.arange(x.shape[1], device=x.device)[None], mask, None)
-    document = F.pad((position_ids.diff() < 0).cumsum(-1), (1, 0))  # (B, T): how many began before
+        position_ids = torch.arange(x.shape[1], device=x.device)[None]
+    document = F.pad((position_ids.diff() != 1).cumsum(-1), (1, 0))  # (B, T): how many began before
     if bool(document.any()):
         same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
         mask = same if mask is None else same & mask
+    if mask is not None:  # padding sees itself: a row without any key would be NaN
+        mask = mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     return Step(position_ids, mask, None)
 
 

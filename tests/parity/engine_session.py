@@ -5,7 +5,8 @@
 A job is ``{"checkpoint", "options", "prompts", "new_tokens", "lora": [{"name", "path"}, ...]}``. Every prompt is
 scored, then continued greedily, twice: the second time, whole blocks of it come from the prefix cache. All prompts are
 in one call, so that the engine mixes prefill and decode of many requests. With adapters, each prompt is given once to
-the model alone and once to each adapter, all in the same call.
+the model alone and once to each adapter, all in the same call. ``"distributions": true`` asks for log-probabilities of
+the whole vocabulary instead.
 """
 
 import gc
@@ -46,6 +47,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         adapters += [LoRARequest(a["name"], number, a["path"]) for number, a in enumerate(job["lora"], 1)]
         requests["lora_request"] = [adapter for adapter in adapters for _ in prompts]
         prompts = prompts * len(adapters)
+    if job.get("distributions"):
+        return {"distributions": [_distributions(llm, prompt) for prompt in prompts]}
     scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     greedy = SamplingParams(temperature=0, max_tokens=job["new_tokens"], logprobs=0, ignore_eos=True, detokenize=False)
     scored = llm.generate(prompts, scoring, use_tqdm=False, **requests)
@@ -71,6 +74,17 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     del llm
     gc.collect()
     return result
+
+
+def _distributions(llm: Any, prompt: dict[str, Any]) -> list[list[float]]:
+    """Log-probabilities of the whole vocabulary after each token of a prompt."""
+    from vllm import SamplingParams
+
+    size = llm.llm_engine.model_config.get_vocab_size()
+    everything = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=size, logprobs=size, detokenize=False)
+    output = llm.generate([prompt], everything, use_tqdm=False)[0]
+    rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
+    return [[row[token].logprob for token in range(size)] for row in rows]
 
 
 if __name__ == "__main__":
