@@ -71,8 +71,10 @@ class Optimizers:
         if name not in ("adamw", "muon"):
             raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {name!r}")
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
-        embeddings = [p for n, p in named if p.ndim == 2 and "embed" in n]
+        # A head that is not the embedding has a row a token too, and is treated alike.
+        per_token = {n for n, p in named if p.ndim == 2 and ("embed" in n or "lm_head" in n)}
+        matrices = [p for n, p in named if p.ndim == 2 and n not in per_token]
+        embeddings = [p for n, p in named if n in per_token]
         vectors = [p for n, p in named if p.ndim != 2]
         self.lr = lr
         groups: list[dict[str, Any]] = [

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from modeling.gpt.config import GPTConfig
+from modeling.gpt.model import GPTForCausalLM
 from training.optimizer import Muon, Optimizers, orthogonalise, warmup_stable_decay
 
 
@@ -53,6 +55,16 @@ def test_muon_moves_every_matrix_by_the_same_root_mean_square() -> None:
         p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale
         Muon([p], lr=0.01).step()
         assert p.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.2)
+
+
+def test_muon_takes_the_layers_matrices_and_neither_embeddings_nor_an_untied_head() -> None:
+    model = GPTForCausalLM(GPTConfig.tiny())
+    adamw, muon = Optimizers(model, "muon", lr=0.01, weight_decay=0.1, betas=(0.9, 0.95)).all
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
+    names = {n for n, p in model.named_parameters() if id(p) in taken}
+    assert names == {n for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
+    rest = sum(len(group["params"]) for group in adamw.param_groups)
+    assert rest + len(names) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
