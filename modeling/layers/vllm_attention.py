@@ -20,13 +20,15 @@ LARGEST_HEAD = 512
 
 
 def padded_head_size(head_dim: int, cache_config: CacheConfig | None) -> int:
-    """The smallest head size of at least ``head_dim`` that the attention backend of this platform takes.
+    """The smallest multiple of 8 of at least ``head_dim`` that an attention backend of this platform takes.
+
+    Other sizes than multiples of 8 are taken by the slowest backends alone, where at all.
 
     Raises:
         ValueError: there is none.
     """
     cache_dtype = cache_config.cache_dtype if cache_config else "auto"
-    for size in (head_dim, *range(-(-head_dim // 8) * 8, LARGEST_HEAD + 1, 8)):
+    for size in range(-(-head_dim // 8) * 8, LARGEST_HEAD + 1, 8):
         try:
             backend = get_attn_backend(size, torch.get_default_dtype(), cache_dtype)
         except ValueError:  # how CUDA's selection says that no backend takes this size

@@ -34,8 +34,28 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     # Compiled, because vLLM's CPU worker does not prepare a later stage's inputs in eager mode.
     "pipeline-parallel": ({"enforce_eager": False, "pipeline_parallel_size": 2}, TWO_RANKS),
     "lora": ({"enforce_eager": True, "enable_lora": True, "max_lora_rank": 8, "max_loras": 4}, ONE_PROCESS),
+    "lora-tensor-parallel": (
+        {"enforce_eager": True, "enable_lora": True, "max_lora_rank": 8, "max_loras": 4, "tensor_parallel_size": 2},
+        TWO_RANKS,
+    ),
+    "ngram": (
+        {
+            "enforce_eager": True,
+            "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+        },
+        ONE_PROCESS,
+    ),
+    # Drafted by a smaller model of the family; its checkpoint is filled in.
+    "draft": (
+        {"enforce_eager": True, "speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}},
+        ONE_PROCESS,
+    ),
     "bfloat16": ({"enforce_eager": True, "dtype": "bfloat16"}, ONE_PROCESS),
 }
+
+
+# vLLM's CPU build replaces functions when it sets n-gram drafting up, which it can do once in a process.
+ALONE = {"ngram"}
 
 
 def selected_architectures() -> list[Architecture]:
@@ -110,10 +130,18 @@ class Engines:
             save(variant.module(), path)
         return path
 
+    def draft(self, variant: Variant) -> Path:
+        """A model of one layer that drafts for the variant's."""
+        path = self.directory / "drafts" / variant.name
+        if not path.exists():
+            save(variant.module(num_hidden_layers=1), path)
+        return path
+
     def result(self, case: Case) -> dict[str, Any]:
         """What the engine computed for a case: see :func:`engine_session.run`."""
         if case not in self._results:
-            cases = [c for c in self.cases if c.kind == case.kind]
+            alone = case.kind in ALONE
+            cases = [case] if alone else [c for c in self.cases if c.kind == case.kind]
             jobs = [self.job(c) for c in cases]
             self._results |= dict(zip(cases, run_jobs(self.directory / case.kind, jobs, case.kind), strict=True))
         result = self._results[case]
@@ -126,7 +154,10 @@ class Engines:
             "checkpoint": str(checkpoint), "options": KINDS[case.kind][0], "new_tokens": NEW_TOKENS,
             "prompts": prompts(case.variant.config().vocab_size),
         }  # fmt: skip
-        if case.kind == "lora":
+        if case.kind == "draft":
+            speculative = job["options"]["speculative_config"] | {"model": str(self.draft(case.variant))}
+            job["options"] = job["options"] | {"speculative_config": speculative}
+        if case.kind.startswith("lora"):
             job["prompts"] = job["prompts"][4::5]
             job["lora"] = [
                 {"name": name, "path": str(path)} for name, path in adapters(checkpoint, self.directory).items()

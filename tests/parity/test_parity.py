@@ -36,11 +36,12 @@ QUICK = {
     ("tensor-parallel", "medassist_gpt", 1),  # each rank rotates with its part of the frequencies
     ("tensor-parallel", "gpt", 0),  # heads gathered without an output projection
     ("pipeline-parallel", "gpt", 0),  # learned positions on the first stage, an untied head on the last
+    ("draft", "medassist_gpt", 1),
     ("lora", "medassist_gpt", 1),
     ("lora", "tinymorfer", 0),  # a projection that is fused in the checkpoint
 }
 # What a model whose tokens all see each other cannot do; it says so (test_bidirectional_refusals).
-CAUSAL_ONLY = {"pipeline-parallel", "lora"}
+CAUSAL_ONLY = {"pipeline-parallel", "lora", "lora-tensor-parallel", "ngram", "draft"}
 
 
 def cases(*kinds: str) -> list[Any]:
@@ -58,7 +59,7 @@ def cases(*kinds: str) -> list[Any]:
     return result
 
 
-@pytest.mark.parametrize("case", cases("eager", "compiled", "tensor-parallel", "pipeline-parallel"))
+@pytest.mark.parametrize("case", cases("eager", "compiled", "tensor-parallel", "pipeline-parallel", "ngram", "draft"))
 def test_served_logprobs_are_the_modules(case: Case, engines: Engines) -> None:
     result = engines.result(case)
     model = case.variant.module()
@@ -69,7 +70,7 @@ def test_served_logprobs_are_the_modules(case: Case, engines: Engines) -> None:
     assert cached >= 256 if case.variant.causal else cached == 0, "the prefix cache"
 
 
-@pytest.mark.parametrize("case", cases("lora"))
+@pytest.mark.parametrize("case", cases("lora", "lora-tensor-parallel"))
 def test_served_adapter_is_the_merged_one(case: Case, engines: Engines) -> None:
     """Each projection alone and all together, in one batch with requests to the model alone."""
     job, result = engines.job(case), engines.result(case)
