@@ -1,5 +1,7 @@
 """Fixtures that several test packages share."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,3 +19,18 @@ def tokenizer() -> Any:
 
     texts = ("What helps with a cold?", "Rest and drink plenty of water.", "When should a fever be seen by a doctor?")
     return train_bpe(texts, vocab_size=300, max_length=512)
+
+
+@pytest.fixture(scope="session")
+def tiktoken_ranks() -> None:
+    """tiktoken's ranks of p50k_base and r50k_base: from its cache, from the data beside the checkout, or fetched."""
+    from modeling.tiktoken_encodings import load_encoding
+
+    beside = Path(__file__).parents[2] / "shared" / "data" / "tiktoken_cache"
+    if "TIKTOKEN_CACHE_DIR" not in os.environ and beside.is_dir():
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(beside)  # for the commands that tests start, too
+    try:
+        load_encoding("p50k_base")
+        load_encoding("gpt2")
+    except ValueError as error:
+        pytest.skip(str(error))
