@@ -27,9 +27,9 @@ def write(directory: Path, model: Any, tokenizer: Any, generation: dict[str, Any
     model.float()
     model.config.architectures = [type(model).__name__]
     model.config.dtype = "float32"
-    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    ends = [end for end in (tokenizer.eos_token_id, tokenizer.pad_token_id) if end is not None]
     model.generation_config = GenerationConfig(
-        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=bool(generation), **(generation or {})
+        eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id, do_sample=bool(generation), **(generation or {})
     )
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)

@@ -1,8 +1,10 @@
 """The fingerprint of a checkpoint: what the trained model computes, recorded beside its weights.
 
-``fingerprint.json`` holds checksums of weights and tokenizer, and float32 log-probabilities of fixed token ids. Before
-a model is served, ``serving.fingerprint`` recomputes them through the engine; whatever makes the engine compute
-something else (a wrong constant, layout, dtype, a damaged file) is caught there.
+``fingerprint.json`` holds checksums of weights and tokenizer (where there is one), and float32 log-probabilities of
+fixed token ids. Before a model is served, ``serving.fingerprint`` recomputes them through the engine; whatever makes
+the engine compute something else (a wrong constant, layout, dtype, a damaged file) is caught there.
+
+A model that is not causal has log-probabilities too: those that it gives a sequence's own tokens when it sees them all.
 
     {"version": 1,
      "sha256": {"model.safetensors": "...", "tokenizer.json": "..."},
@@ -50,7 +52,10 @@ def record(model: Any, directory: Path) -> None:
     """Computes the fingerprint of ``model``, whose files are already in ``directory``, and writes it there.
 
     Args:
-        model: a causal language model of Hugging Face's interface; evaluated in float32 on its own device.
+        model: a language model of Hugging Face's interface; evaluated in float32 on its own device.
+
+    Raises:
+        ValueError: it computes values that are no finite numbers, so that nothing could be compared with them.
     """
     import torch
 
@@ -67,20 +72,33 @@ def record(model: Any, directory: Path) -> None:
     (directory / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _score(model: Any, ids: list[int]) -> dict[str, list[Any]]:
+def _logits(model: Any, ids: list[int], keep: int) -> Any:
+    """After each of the last ``keep`` of ``ids``: (keep, V)."""
     import torch
 
     prompt = torch.tensor([ids], device=model.device)
-    logprobs = model(prompt, use_cache=False).logits[0].float().log_softmax(-1)  # (T, V)
-    given = logprobs[:-1].gather(1, prompt[0, 1:, None])[:, 0].tolist()
+    logits = model(prompt, use_cache=False, logits_to_keep=keep).logits[0].float()
+    if not all(bool(torch.isfinite(row).all()) for row in logits):
+        raise ValueError(
+            "the model computes logits that are no finite numbers, though its weights are finite: its weights are far "
+            "too large (the training diverged, or they are not what the configuration says they are)"
+        )
+    return logits
+
+
+def _score(model: Any, ids: list[int]) -> dict[str, list[Any]]:
+    # Row by row: with a large vocabulary, a copy of all logits is as large as the model's largest tensor.
+    logits = _logits(model, ids, len(ids))
+    given = [float(row.log_softmax(-1)[token]) for row, token in zip(logits[:-1], ids[1:], strict=True)]
+    logprobs = logits[-1].log_softmax(-1)  # (V,)
+    del logits
     greedy_ids: list[int] = []
     greedy_logprobs: list[float] = []
     while len(greedy_ids) < GREEDY_TOKENS and len(ids) + len(greedy_ids) < model.config.max_position_embeddings:
-        best, second = logprobs[-1].topk(2).values.tolist()
+        best, second = (*logprobs.topk(min(2, len(logprobs))).values.tolist(), float("-inf"))[:2]
         if best - second < GREEDY_MARGIN:
             break
-        greedy_ids.append(int(logprobs[-1].argmax()))
+        greedy_ids.append(int(logprobs.argmax()))
         greedy_logprobs.append(best)
-        whole = torch.tensor([ids + greedy_ids], device=model.device)
-        logprobs = model(whole, use_cache=False).logits[0].float().log_softmax(-1)
+        logprobs = _logits(model, ids + greedy_ids, 1)[0].log_softmax(-1)
     return {"logprobs": given, "greedy_ids": greedy_ids, "greedy_logprobs": greedy_logprobs}

@@ -7,7 +7,7 @@ from modeling.importing.layout import Layout, Shapes, layer_count, side, told
 
 
 def tensors(config: Any) -> dict[str, tuple[str, ...]]:
-    names = {
+    names: dict[str, tuple[str, ...]] = {
         "tok_emb.weight": ("model.embed_tokens.weight",),
         "pos_emb.weight": ("model.embed_positions.weight",),
         "final_norm.scale": ("model.norm.weight",),

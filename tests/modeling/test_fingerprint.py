@@ -12,6 +12,7 @@ import torch
 from modeling import fingerprint
 from modeling.medassist.config import MedAssistGPTConfig
 from modeling.medassist.model import MedAssistGPTForCausalLM
+from serving.fingerprint import Mismatch, verify_files
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +98,30 @@ def test_recording_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     fingerprint.record(model, tmp_path)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_tiny_contexts_and_vocabularies_have_a_fingerprint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MedAssistGPTConfig.tiny(vocab_size=11, max_position_embeddings=8, initializer_range=0.2, eos_token_id=None)
+    fingerprint.record(MedAssistGPTForCausalLM(config), tmp_path)
+    probes = json.loads((tmp_path / fingerprint.FILE_NAME).read_text())["probes"]
+    assert all(len(probe["token_ids"]) + len(probe["greedy_ids"]) <= 8 for probe in probes)
+    assert any(probe["greedy_ids"] for probe in probes)
+
+
+def test_model_that_computes_no_numbers_is_refused(tmp_path: Path) -> None:
+    model = MedAssistGPTForCausalLM(MedAssistGPTConfig.tiny())
+    torch.nn.init.constant_(model.model.norm.weight, float("inf"))
+    with pytest.raises(ValueError, match="no finite numbers"):
+        fingerprint.record(model, tmp_path)
+
+
+def test_model_without_a_tokenizer_is_verified_until_one_appears(
+    model: MedAssistGPTForCausalLM, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    fingerprint.record(model, tmp_path)
+    verify_files(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(Mismatch, match=r"tokenizer\.json is not in fingerprint\.json"):
+        verify_files(tmp_path)
