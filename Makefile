@@ -35,11 +35,12 @@ lint: $(INSTALLED)  ## ruff and mypy
 test: lint  ## lint, types, unit tests, and end-to-end tests against a real engine
 	@$(BIN)/python -m pytest -m "not slow"
 
-parity: $(INSTALLED)  ## served log-probabilities against the trained module, the whole matrix
-	@$(BIN)/python -m pytest tests/parity -m "slow or not slow"
+parity: $(INSTALLED)  ## served against trained log-probabilities, the whole matrix; ARCH=gpt: one architecture
+	@ARCH=$(ARCH) $(BIN)/python -m pytest tests/parity -m "slow or not slow"
 
-bench: $(INSTALLED)  ## throughput through the gateway and straight to the engine, side by side
+bench: $(INSTALLED)  ## what the gateway costs, then each architecture beside vLLM's Llama (over an hour)
 	@$(BIN)/python -m loadtest.benchmark --report docs/benchmarks/gateway-throughput.md
+	@$(BIN)/medassist bench engine --profile below --report docs/benchmarks/engine.md
 
 train: $(INSTALLED)  ## train the shipped checkpoint again, into runs/demo (two cores: under 30 minutes)
 	@$(BIN)/medassist train --recipe demo --out runs/demo

@@ -3,15 +3,18 @@
 Modules that need an extra are imported inside the commands, so that ``medassist --help`` is quick and works without.
 """
 
-import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+
+from clients import benchmarks, checkpoints
+from clients.installation import demo_checkpoint
+from clients.installation import fail as _fail
+from clients.installation import needs as _needs
 
 app = typer.Typer(
     help="Train small medical language models from scratch, and serve them with vLLM.",
@@ -20,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # they can print local variables, which hold questions and answers
 )
+app.add_typer(benchmarks.app, name="bench")
+checkpoints.register(app)
 
 BaseUrl = Annotated[str, typer.Option(envvar="MEDASSIST_BASE_URL", help="Address of the API.")]
 ApiKey = Annotated[
@@ -50,12 +55,35 @@ def serve(
         bool | None,
         typer.Option("--eager/--compile", help="Without or with torch.compile; eager on CPUs if not given."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each engine.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each engine's ranks.")] = None,
     kv_cache_gib: Annotated[float, typer.Option(help="KV cache of each engine on CPUs, in GiB.")] = 1.0,
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time for running requests to finish at the end.")] = 30.0,
     log_dir: Annotated[
         Path | None, typer.Option(help="Where to keep the engines' logs; not kept if not given.")
     ] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", "--tp", min=1, help="Ranks that share every layer.")
+    ] = 1,
+    pipeline_parallel_size: Annotated[
+        int, typer.Option("--pipeline-parallel-size", "--pp", min=1, help="Stages that the layers are split into.")
+    ] = 1,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[MODEL:]NAME=DIR", help="A LoRA adapter, served as a model of its own name; repeatable."),
+    ] = None,
+    speculative: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ngram|DIR", help="Drafts by repeated text, or by a smaller checkpoint of the vocabulary."
+        ),
+    ] = None,
+    speculative_tokens: Annotated[int, typer.Option(min=1, help="Tokens drafted at a time.")] = 4,
+    quantization: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="Quantise weights at loading, by vLLM's name of the method.")
+    ] = None,
+    vllm_args: Annotated[
+        str, typer.Option(metavar="'ARGS'", help="Further arguments of `vllm serve`, such as '--max-num-seqs 64'.")
+    ] = "",
 ) -> None:
     """Serves checkpoints behind an OpenAI-compatible API until Ctrl-C or SIGTERM."""
     if importlib.util.find_spec("vllm") is None:
@@ -73,6 +101,13 @@ def serve(
         kv_cache_gib=kv_cache_gib,
         drain_seconds=drain_seconds,
         log_dir=log_dir,
+        tensor_parallel=tensor_parallel_size,
+        pipeline_parallel=pipeline_parallel_size,
+        adapters=tuple(lora or ()),
+        speculative=speculative,
+        speculative_tokens=speculative_tokens,
+        quantization=quantization,
+        vllm_args=vllm_args,
     )
     paths = [Path(checkpoint) for checkpoint in checkpoints or []] or [demo_checkpoint()]
     raise typer.Exit(run(paths, options))
@@ -130,28 +165,6 @@ def evaluate(
         _fail(f"{target}: {e}", 1)
 
 
-@app.command(epilog="Example: medassist bench --json bench.json --report bench.md")
-def bench(
-    checkpoint: Annotated[Path | None, typer.Option(help="Directory to serve; the demo if not given.")] = None,
-    url: Annotated[str | None, typer.Option(help="A gateway that runs on this machine, instead of serving.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds, a multiple of 4.")] = None,
-    requests: Annotated[int | None, typer.Option(help="Streams a round.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Streams in flight.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Length of every answer, in tokens.")] = None,
-    json: Annotated[Path | None, typer.Option(help="File for all figures.")] = None,
-    report: Annotated[Path | None, typer.Option(help="File for a report in Markdown.")] = None,
-) -> None:
-    """Measures what the gateway costs: the same streams through it and straight to its engine."""
-    with _needs("cpu"):
-        from loadtest import benchmark
-
-    options: dict[str, object] = {"url": url, "rounds": rounds, "requests": requests, "concurrency": concurrency}
-    options |= {"max-tokens": max_tokens, "json": json, "report": report}
-    options["checkpoint"] = checkpoint or (None if url else demo_checkpoint())
-    arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    raise typer.Exit(benchmark.main(arguments))
-
-
 @app.command(epilog='Example: medassist ask "What are the signs of a stroke?"')
 def ask(
     question: Annotated[
@@ -187,40 +200,6 @@ def chat(
 
     assistant = terminal.Assistant(base_url, api_key, model, temperature=temperature, max_tokens=max_tokens)
     raise typer.Exit(terminal.chat(assistant))
-
-
-def demo_checkpoint() -> Path:
-    """The checkpoint shipped with the project.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    package = importlib.util.find_spec("training")
-    locations = package and package.submodule_search_locations
-    assert locations, "the package training is part of every installation"
-    path = Path(locations[0]) / "checkpoints/medassist-demo"
-    if not path.is_dir():
-        raise ValueError(
-            f"no CHECKPOINT given, and the demo's is not at {path}: train one with "
-            "`medassist train --out runs/demo`, then `medassist serve runs/demo/final`"
-        )
-    return path
-
-
-@contextlib.contextmanager
-def _needs(extra: str) -> Iterator[None]:
-    """Around imports: a package that only this extra installs may be missing."""
-    try:
-        yield
-    except ModuleNotFoundError as e:
-        if (e.name or "").partition(".")[0] in ("modeling", "training", "serving", "clients", "loadtest"):
-            raise
-        _fail(f"this needs {e.name}: pip install 'medassist[{extra}]'", 1)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.secho(f"medassist: {message}", err=True, fg="red")
-    raise typer.Exit(code)
 
 
 def main(arguments: list[str] | None = None) -> None:

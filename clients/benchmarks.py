@@ -1,0 +1,130 @@
+"""``medassist bench``: what the gateway costs, and our vLLM classes beside vLLM's Llama."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from clients.installation import demo_checkpoint, needs
+from loadtest.engine_plan import DTYPES, PROFILES, Options
+
+DEFAULTS = Options()
+Figures = Annotated[Path | None, typer.Option(help="File for all figures.")]
+Report = Annotated[Path | None, typer.Option(help="File for a report in Markdown.")]
+
+
+class GatewayUnlessNamed(TyperGroup):
+    """``medassist bench --rounds 8`` is ``medassist bench gateway --rounds 8``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+            args = ["gateway", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=GatewayUnlessNamed,
+    help="Benchmarks: what the gateway costs (also without a command), or our engines beside vLLM's Llama.",
+)
+
+
+@app.command(epilog="Example: medassist bench --json bench.json --report bench.md")
+def gateway(
+    checkpoint: Annotated[Path | None, typer.Option(help="Directory to serve; the demo if not given.")] = None,
+    url: Annotated[str | None, typer.Option(help="A gateway that runs on this machine, instead of serving.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds, a multiple of 4.")] = None,
+    requests: Annotated[int | None, typer.Option(help="Streams a round.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Streams in flight.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Length of every answer, in tokens.")] = None,
+    json: Figures = None,
+    report: Report = None,
+) -> None:
+    """Measures what the gateway costs: the same streams through it and straight to its engine."""
+    with needs("cpu"):
+        from loadtest import benchmark
+
+    options: dict[str, object] = {"url": url, "rounds": rounds, "requests": requests, "concurrency": concurrency}
+    options |= {"max-tokens": max_tokens, "json": json, "report": report}
+    options["checkpoint"] = checkpoint or (None if url else demo_checkpoint())
+    arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    raise typer.Exit(benchmark.main(arguments))
+
+
+@app.command(epilog="Example: medassist bench engine --architecture medassist_gpt --preset published_303m")
+def engine(
+    ctx: typer.Context,
+    architecture: Annotated[list[str] | None, typer.Option(help="Repeatable; all if not given.")] = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable; the largest of each architecture within 400M parameters if not given."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Most pairs of turns a cell, a multiple of 2.")] = DEFAULTS.rounds,
+    sequences: Annotated[str, typer.Option(help="How many run together.")] = ",".join(map(str, DEFAULTS.sequences)),
+    new_tokens: Annotated[int, typer.Option(help="Length of every answer when decoding.")] = DEFAULTS.new_tokens,
+    prompt: Annotated[int, typer.Option(help="Length of every prompt when prefilling.")] = DEFAULTS.prompt,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all cores if not given.")] = DEFAULTS.threads,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = DEFAULTS.dtype,
+    eager: Annotated[
+        bool | None,
+        typer.Option("--eager/--compile", help="Without or with torch.compile; eager on CPUs if not given."),
+    ] = DEFAULTS.eager,
+    hf: Annotated[bool, typer.Option(help="With generate() of transformers as a third.")] = DEFAULTS.transformers,
+    minutes: Annotated[
+        float, typer.Option(help="Time for each model; a cell's first four pairs are played even beyond.")
+    ] = DEFAULTS.minutes,
+    control: Annotated[
+        bool, typer.Option("--control", help="Llama beside itself: how far the ratios stray without any difference.")
+    ] = DEFAULTS.control,
+    profile: Annotated[
+        str, typer.Option(help=f"Cells to profile afterwards: {', '.join(PROFILES)}; below: where ours is slower.")
+    ] = DEFAULTS.profile,
+    seed: Annotated[int, typer.Option(help="Of weights and prompts.")] = DEFAULTS.seed,
+    json: Figures = None,
+    report: Report = None,
+) -> None:
+    """Measures our vLLM classes: beside vLLM's own Llama of the same size, and generate() of transformers."""
+    options = Options(
+        architectures=tuple(architecture or ()),
+        presets=tuple(preset or ()),
+        rounds=rounds,
+        sequences=_numbers(sequences),
+        new_tokens=new_tokens,
+        prompt=prompt,
+        threads=threads,
+        dtype=dtype,
+        transformers=hf,
+        minutes=minutes,
+        eager=eager,
+        control=control,
+        profile=profile,
+        seed=seed,
+    )
+    with needs("cpu"):
+        from loadtest import engine_benchmark
+    raise typer.Exit(engine_benchmark.main(options, _command(ctx), report, json))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"--sequences must be numbers and commas, such as 1,8,32, got {text!r}") from None
+
+
+def _command(ctx: typer.Context) -> str:
+    """The command line with the options that were given, from what click made of it."""
+    words = ["medassist", "bench", "engine"]
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        source = ctx.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = ctx.params[name]
+        if isinstance(value, bool):
+            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+            continue
+        for item in value if isinstance(value, list | tuple) else [value]:
+            words += [parameter.opts[0], str(item)]
+    return shlex.join(words)
