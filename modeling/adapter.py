@@ -184,7 +184,7 @@ def _pairs(
             raise ValueError(f"{path}: {name}{hint} is no LoRA matrix; nothing would apply it")
         module = found["module"].removeprefix(PREFIX)
         _check_module(path, name, module, matrices)
-        if (module == EMBEDDING) != (found["embedding"] is not None):
+        if found["embedding"]:
             raise ValueError(f"{path}: {name} is not how PEFT lays out an adapter of {module}")
         sides.setdefault(module, {})[found["side"] or found["other"]] = name
     if not sides:
@@ -202,12 +202,12 @@ def _check_module(path: Path, name: str, module: str, matrices: Mapping[str, tup
             f"{path}: {name} adapts the head, which the engine can do only for the tokens that it samples, not for "
             "those of a prompt: merge the adapter into the checkpoint, or train it without lm_head"
         )
-    if module == EMBEDDING and HEAD not in matrices:
+    if module == EMBEDDING:
         raise ValueError(
-            f"{path}: {name} adapts the embedding, which in this model is the head too, and the engine would change "
-            "only one of them: merge the adapter into the checkpoint, or train it without embed_tokens"
+            f"{path}: {name} adapts the embedding, which the engine cannot do for each request apart (and where it is "
+            "the head too, would do only half): merge the adapter into the checkpoint, or train it without embed_tokens"
         )
-    if module in matrices and (module == EMBEDDING or re.search(r"\.layers\.\d+\.", module)):
+    if module in matrices and re.search(r"\.layers\.\d+\.", module):
         return
     hint = ""
     if f"model.{module}" in matrices:

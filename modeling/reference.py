@@ -14,8 +14,8 @@ from typing import Any
 class Golden:
     """Logits that the authors' own program printed for a tiny model in the published layout.
 
-    The published tensors, sorted by name with a tied head left out, are filled by a formula: element n of tensor i (both
-    from 0, row-major) is ``0.3 sin(0.37 n + 1.1 (i + 1))`` in float64; gains of norms are ``1 + 0.1 sin(...)``.
+    The published tensors, sorted by name with a tied head left out, are filled by a formula: element n of tensor i
+    (both from 0, row-major) is ``0.3 sin(0.37 n + 1.1 (i + 1))`` in float64; gains of norms are ``1 + 0.1 sin(...)``.
 
     Attributes:
         config: the configuration, in the published file's own names.

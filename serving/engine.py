@@ -11,17 +11,19 @@ import asyncio
 import contextlib
 import importlib.metadata
 import os
+import re
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 
 from serving import fingerprint
+from serving.features import Features, has_tokenizer, read_config, weights_are_quantised
 from serving.launch import FORK
 from serving.plugin import DIE_WITH_PARENT
 
@@ -46,6 +48,11 @@ STAGES = (
     ("Starting vLLM API server", "opening its socket"),
 )
 
+# Lines of a log that name a fault: an exception, one of pydantic's (which it names a line below), argparse's.
+FAULT = re.compile(r"\b\w*(?:Error|Exception): .+|\bValue error, .*?(?= \[type=|$)|\berror: .+")
+# Exceptions that only report another one, logged before.
+ECHO = re.compile(r"Engine core initialization failed|validation errors? for \w+$")
+
 
 class StartFailed(RuntimeError):
     """The engine's process ended before it was ready; the message holds the end of its log."""
@@ -53,13 +60,14 @@ class StartFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine is started. ``dtype`` is vLLM's name of a dtype; ``threads`` is per engine, on CPUs."""
+    """How an engine is started. ``dtype`` is vLLM's name of a dtype; ``threads`` is per rank, on CPUs."""
 
     dtype: str
     eager: bool
     threads: int
     kv_cache_gib: float
     max_model_len: int | None = None
+    features: Features = field(default_factory=Features)
 
 
 def on_cpu() -> bool:
@@ -76,6 +84,9 @@ class Engine:
 
     Attributes:
         model: the name it is served under.
+        names: that, and those of its adapters.
+        vocab_size: tokens that the model knows.
+        has_tokenizer: false where it takes and gives token ids alone.
         state: "starting", "verifying", "ready", "restarting", "refused" or "stopped".
         session: HTTP client bound to the engine's socket.
     """
@@ -90,6 +101,9 @@ class Engine:
         log_dir: Path | None = None,
     ) -> None:
         self.model, self.checkpoint, self.options = model, checkpoint, options
+        self.names = (model, *options.features.adapters)
+        self.vocab_size = int(read_config(checkpoint)["vocab_size"])
+        self.has_tokenizer = has_tokenizer(checkpoint)
         self.socket = runtime_dir / f"{model}.sock"
         self.state = "starting"
         self.session: aiohttp.ClientSession
@@ -98,7 +112,7 @@ class Engine:
         self._report = lambda text: report(model, text)
         self._log_path = log_dir / f"engine-{model}.log" if log_dir else None
         self._process: asyncio.subprocess.Process | None = None
-        self._log_end: deque[str] = deque(maxlen=40)
+        self._log_end: deque[str] = deque(maxlen=400)
         self._reader: asyncio.Task[None] | None = None
         self._started_at = 0.0
         self._start_seconds = 30.0  # until one start has been measured
@@ -133,10 +147,11 @@ class Engine:
             command.append("--enforce-eager")
         if on_cpu():
             command += ["--kv-cache-memory-bytes", str(int(o.kv_cache_gib * 2**30))]
-            command += ["--distributed-executor-backend", "uni"]
             if sum(path.stat().st_size for path in self.checkpoint.glob("*.safetensors")) < SMALL_MODEL:
                 command += ["--stream-interval", "4"]
-        return command
+        if not self.has_tokenizer:
+            command.append("--skip-tokenizer-init")
+        return command + o.features.arguments(on_cpu())
 
     def environment(self) -> dict[str, str]:
         env = os.environ | {
@@ -147,8 +162,9 @@ class Engine:
         }
         if on_cpu():
             env |= {
-                # The worker inside the engine core's process: one process and one import of vLLM fewer.
+                # A single rank's worker inside the engine core's process: one process and one import of vLLM fewer.
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                # The kernel places threads better than vLLM, which wants a NUMA node for each rank.
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "OMP_NUM_THREADS": str(self.options.threads),
                 # Threads that wait by spinning take the core that the other processes need.
@@ -175,8 +191,19 @@ class Engine:
             await self._wait_until_healthy()
             self.state = "verifying"
             self._report("comparing with its fingerprint")
+            features = self.options.features
             found = await fingerprint.verify_engine(
-                self.checkpoint, self.model, self.options.dtype, self.session, self.url("/v1/completions")
+                self.checkpoint,
+                self.model,
+                self.options.dtype,
+                self.session,
+                self.url("/v1/completions"),
+                quantised=weights_are_quantised(self.checkpoint, features),
+                longest=self.options.max_model_len,
+            )
+            active = [name for name, adapter in features.adapters.items() if adapter.changes]
+            await fingerprint.verify_adapters(
+                self.checkpoint, self.model, active, self.session, self.url("/v1/completions")
             )
         except fingerprint.Mismatch as e:
             self.state, self.reason = "refused", str(e)
@@ -187,10 +214,7 @@ class Engine:
             raise
         self._start_seconds = time.monotonic() - self._started_at
         self.state = "ready"
-        self._report(
-            f"ready after {self._start_seconds:.1f} s "
-            f"({found.values} log-probabilities as trained, to {max(found.worst, 1e-7):.1g})"
-        )
+        self._report(f"ready after {self._start_seconds:.1f} s ({found})")
 
     async def _spawn(self) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -248,7 +272,8 @@ class Engine:
     async def _explain_end(self) -> str:
         if self._reader:
             await asyncio.wait([self._reader], timeout=2)
-        errors = [line for line in self._log_end if "Error" in line and "Traceback" not in line]
+        errors = [found[0] for line in self._log_end if (found := FAULT.search(line))]
+        errors = [error for error in errors if not ECHO.search(error)] or errors
         code = self._process.returncode if self._process else None
         return f"engine {self.model} ended at its start (exit code {code}): " + (
             errors[-1] if errors else "\n".join(list(self._log_end)[-15:])

@@ -15,6 +15,9 @@ import aiohttp
 # Largest difference of a log-probability, in nats. In float32 only the order of summation differs; the 16-bit formats
 # round every activation to 8 or 11 bits.
 TOLERANCE = {"float32": 1e-4, "float16": 0.1, "bfloat16": 0.5}
+# Quantised weights are others than those that were trained, and single log-probabilities move far. A model that still
+# works is off by less than this share of the mean log-probability.
+QUANTISED_TOLERANCE = 0.1
 
 
 class Mismatch(ValueError):
@@ -23,10 +26,18 @@ class Mismatch(ValueError):
 
 @dataclass(frozen=True)
 class Report:
-    """The largest difference found, in nats, over ``values`` log-probabilities."""
+    """The largest and the mean difference found, in nats, over ``values`` log-probabilities."""
 
     worst: float
+    mean: float
     values: int
+    quantised: bool = False
+
+    def __str__(self) -> str:
+        if self.quantised:
+            off = f"off by {self.mean:.2g} on average, {self.worst:.2g} at most"
+            return f"quantised: {self.values} log-probabilities {off}"
+        return f"{self.values} log-probabilities as trained, to {max(self.worst, 1e-7):.1g}"
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -42,8 +53,13 @@ def read(directory: Path) -> dict[str, Any]:
             raise Mismatch(f"{path} has version {content['version']!r}; this program reads version 1")
         for probe in content["probes"]:
             _check_shape(probe)
-        if not content["probes"] or "tokenizer.json" not in content["sha256"]:
-            raise KeyError("probes or the tokenizer's checksum")
+        if not content["probes"]:
+            raise KeyError("probes")
+        # A model without a tokenizer takes token ids alone.
+        if "tokenizer.json" not in content["sha256"] and (directory / "tokenizer.json").exists():
+            raise Mismatch(
+                f"{directory}: tokenizer.json is not in fingerprint.json; remove it or record a new fingerprint"
+            )
         if not any(name.endswith(".safetensors") for name in content["sha256"]):
             raise KeyError("the weights' checksum")
     except FileNotFoundError:
@@ -86,43 +102,94 @@ def verify_files(directory: Path) -> None:
             )
 
 
-async def verify_engine(directory: Path, model: str, dtype: str, session: aiohttp.ClientSession, url: str) -> Report:
+async def verify_engine(
+    directory: Path,
+    model: str,
+    dtype: str,
+    session: aiohttp.ClientSession,
+    url: str,
+    *,
+    quantised: bool = False,
+    longest: int | None = None,
+) -> Report:
     """Compares the engine's log-probabilities, of given tokens (prefill) and of its greedy answer (decode).
 
     Args:
         url: the engine's ``/v1/completions``.
+        quantised: the engine's weights are not those that the fingerprint was computed with.
+        longest: positions that the engine was started with; longer probes are left out. None: the model's own.
 
     Raises:
-        Mismatch: a value is further off than ``TOLERANCE[dtype]``, or the greedy tokens differ in float32.
+        Mismatch: a value is further off than ``TOLERANCE[dtype]``, or the greedy tokens differ in float32. Quantised:
+            the mean difference is above ``QUANTISED_TOLERANCE`` of the mean log-probability.
         aiohttp.ClientError: the engine does not answer.
     """
-    worst, where, values = 0.0, "", 0
+    worst, where, total, magnitude, values = 0.0, "", 0.0, 0.0, 0
     for number, probe in enumerate(read(directory)["probes"], 1):
         ids, greedy = probe["token_ids"], probe["greedy_ids"]
-        request = {"model": model, "prompt": ids, "max_tokens": max(1, len(greedy)), "temperature": 0, "seed": 0,
-                   "echo": True, "logprobs": 0, "ignore_eos": True, "return_token_ids": True}  # fmt: skip
-        async with session.post(url, json=request) as response:
-            answer = await response.json()
-        if response.status != 200:
-            raise Mismatch(f"{directory}: the engine cannot compute probe {number} of fingerprint.json: {answer}")
-        choice = answer["choices"][0]
+        if longest and len(ids) + max(1, len(greedy)) > longest:
+            continue
+        # Quantised, the engine may choose other tokens than the trained model: it is given the trained model's.
+        prompt, count = (ids + greedy, 1) if quantised and greedy else (ids, max(1, len(greedy)))
+        if longest and len(prompt) + count > longest:
+            prompt = prompt[:-1]
+        choice = await _score(directory, number, model, prompt, count, session, url)
         computed = choice["logprobs"]["token_logprobs"]
         expected = probe["logprobs"] + probe["greedy_logprobs"]
         for at, (a, b) in enumerate(zip(computed[1:], expected, strict=False), 1):
             difference = abs(a - b)
-            values += 1
+            total, magnitude, values = total + difference, magnitude + abs(b), values + 1
             if not difference <= worst:  # also true of NaN
                 worst = difference
                 where = f"probe {number}, token {at}: trained {b:.6f}, served {a:.6f}"
         chosen = choice["token_ids"][: len(greedy)]
-        if dtype == "float32" and chosen != greedy:
+        if dtype == "float32" and not quantised and chosen != greedy:
             raise Mismatch(
                 f"{directory}: the engine does not compute what was trained: after probe {number} the trained model "
                 f"continues {greedy}, the engine {chosen}; log-probabilities are off by up to {worst:.3g}"
             )
-    if not worst <= TOLERANCE[dtype]:
+    report = Report(worst, total / max(1, values), values, quantised)
+    if quantised and not total <= QUANTISED_TOLERANCE * magnitude:
+        raise Mismatch(
+            f"{directory}: quantised, the engine computes something else than what was trained: log-probabilities are "
+            f"off by {report.mean:.3g} on average, more than {QUANTISED_TOLERANCE:.0%} of their mean"
+        )
+    if not quantised and not worst <= TOLERANCE[dtype]:
         raise Mismatch(
             f"{directory}: the engine does not compute what was trained: log-probabilities are off by up to "
             f"{worst:.3g} ({where}), {TOLERANCE[dtype]:g} is allowed in {dtype}"
         )
-    return Report(worst, values)
+    return report
+
+
+async def verify_adapters(
+    directory: Path, model: str, adapters: list[str], session: aiohttp.ClientSession, url: str
+) -> None:
+    """Checks that each adapter changes what the engine computes.
+
+    Raises:
+        Mismatch: it computes the same with the adapter as without: it has loaded the adapter and does not apply it.
+    """
+    if not adapters:
+        return
+    probes = read(directory)["probes"]
+    ids = probes[min(1, len(probes) - 1)]["token_ids"]
+    without = await _score(directory, 2, model, ids, 1, session, url)
+    for name in adapters:
+        scored = await _score(directory, 2, name, ids, 1, session, url)
+        if scored["logprobs"]["token_logprobs"] == without["logprobs"]["token_logprobs"]:
+            raise Mismatch(f"{directory}: the engine computes the same with the adapter {name} as without it")
+
+
+async def _score(
+    directory: Path, number: int, model: str, ids: list[int], tokens: int, session: aiohttp.ClientSession, url: str
+) -> Any:
+    # Ids in place of text: the model may have no tokenizer.
+    request = {"model": model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "seed": 0, "echo": True,
+               "logprobs": 0, "ignore_eos": True, "return_token_ids": True,
+               "return_tokens_as_token_ids": True}  # fmt: skip
+    async with session.post(url, json=request) as response:
+        answer = await response.json()
+    if response.status != 200:
+        raise Mismatch(f"{directory}: the engine cannot compute probe {number} of fingerprint.json: {answer}")
+    return answer["choices"][0]

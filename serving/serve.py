@@ -5,13 +5,12 @@ import gc
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import uvicorn
 
 from serving import fingerprint
 from serving.engine import Engine, EngineOptions, StartFailed, on_cpu
+from serving.features import NAME, NGRAM, Features, assign_adapters, check, default_dtype, split_arguments
 from serving.gateway.app import Gateway
 
 logger = logging.getLogger("medassist")
@@ -30,12 +30,19 @@ class Options:
     """How to serve.
 
     Attributes:
-        dtype: of weights and activations; "auto" is float32 on CPUs (bfloat16 is slower on most), bfloat16 on GPUs.
+        dtype: of weights and activations; "auto" is float32 on CPUs (bfloat16 is slower on most), bfloat16 on GPUs and
+            for quantised weights whose kernels have no float32.
         max_model_len: longest sequence in tokens; the model's own maximum if None.
-        eager: without torch.compile; None: eager on CPUs, where compiling costs half a minute and gains nothing.
-        threads: CPU threads of each engine; None: all cores but one, shared between the engines.
+        eager: without torch.compile; None: eager on CPUs, where compiling costs half a minute and gains nothing; but
+            compiled with pipeline stages, which vLLM has on CPUs only then.
+        threads: CPU threads of each rank of each engine; None: all cores but one, shared between all ranks.
         kv_cache_gib: KV cache of each engine on CPUs, GiB. On GPUs vLLM takes what is free.
         drain_seconds: how long running requests may take to finish when the server is told to stop.
+        tensor_parallel, pipeline_parallel: ranks that share each layer, and stages of layers, of each engine.
+        adapters: LoRA adapters, each ``NAME=DIRECTORY`` or ``MODEL:NAME=DIRECTORY``.
+        speculative: "ngram", or the directory of a checkpoint that drafts ``speculative_tokens`` tokens at a time.
+        quantization: vLLM's name of a method that quantises weights while they are loaded.
+        vllm_args: further arguments of ``vllm serve``, as in a shell.
         log_dir: folder for the engines' logs and ``engines.json`` (process ids and sockets); None: not kept.
     """
 
@@ -48,6 +55,13 @@ class Options:
     kv_cache_gib: float = 1.0
     drain_seconds: float = 30.0
     log_dir: Path | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    adapters: tuple[str, ...] = ()
+    speculative: str | None = None
+    speculative_tokens: int = 4
+    quantization: str | None = None
+    vllm_args: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *fingerprint.TOLERANCE):
@@ -56,6 +70,11 @@ class Options:
             raise ValueError(f"--kv-cache-gib must be above 0, got {self.kv_cache_gib}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {self.threads}")
+        for option in ("tensor_parallel", "pipeline_parallel", "speculative_tokens"):
+            if getattr(self, option) < 1:
+                name = option.replace("_", "-") + ("-size" if "parallel" in option else "")
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, option)}")
+        split_arguments(self.vllm_args)
 
 
 def run(checkpoints: list[Path], options: Options) -> int:
@@ -66,18 +85,19 @@ def run(checkpoints: list[Path], options: Options) -> int:
             run, for a run's ``final``).
 
     Raises:
-        ValueError: no such checkpoint, two of one name, or the port is taken.
+        ValueError: no such checkpoint, two of one name, features that do not fit a checkpoint, or the port is taken.
     """
     named = name_checkpoints(checkpoints)
+    engine_options, notes = plan(named, options)
     listener = _listen(options.host, options.port)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     with tempfile.TemporaryDirectory(prefix="medassist-") as runtime:
         try:
             import uvloop
 
-            return uvloop.run(_serve(named, options, listener, Path(runtime)))
+            return uvloop.run(_serve(named, engine_options, notes, options, listener, Path(runtime)))
         except ImportError:
-            return asyncio.run(_serve(named, options, listener, Path(runtime)))
+            return asyncio.run(_serve(named, engine_options, notes, options, listener, Path(runtime)))
 
 
 def name_checkpoints(checkpoints: list[Path]) -> dict[str, Path]:
@@ -94,7 +114,7 @@ def name_checkpoints(checkpoints: list[Path]) -> dict[str, Path]:
             raise ValueError(f"{path} is not a checkpoint directory: it has no config.json")
         if not equals:
             name = directory.parent.name if directory.name == "final" else directory.name
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", name):
+        if not NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be a model's name (letters, digits, '.', '_', '-'): say NAME={path}")
         if name in named:
             raise ValueError(f"two checkpoints are called {name!r}: name one with NAME={path}")
@@ -122,7 +142,14 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(named: dict[str, Path], options: Options, listener: socket.socket, runtime: Path) -> int:
+async def _serve(
+    named: dict[str, Path],
+    engine_options: dict[str, EngineOptions],
+    notes: list[str],
+    options: Options,
+    listener: socket.socket,
+    runtime: Path,
+) -> int:
     began = time.monotonic()
 
     def report(text: str) -> None:
@@ -130,9 +157,12 @@ async def _serve(named: dict[str, Path], options: Options, listener: socket.sock
 
     if options.log_dir:
         options.log_dir.mkdir(parents=True, exist_ok=True)
-    engine_options = _engine_options(options, len(named))
+    for note in notes:
+        report(note)
     engines = [
-        Engine(name, path, engine_options, runtime, lambda model, text: report(f"{model}: {text}"), options.log_dir)
+        Engine(
+            name, path, engine_options[name], runtime, lambda model, text: report(f"{model}: {text}"), options.log_dir
+        )
         for name, path in named.items()
     ]
     gateway = Gateway(engines)
@@ -159,7 +189,8 @@ async def _serve(named: dict[str, Path], options: Options, listener: socket.sock
             gc.freeze()
             gc.set_threshold(50_000, 20, 20)
             host = f"[{options.host}]" if ":" in options.host else options.host
-            report(f"ready: http://{host}:{listener.getsockname()[1]}/v1 serves {', '.join(named)}  (Ctrl-C stops)")
+            names = ", ".join(gateway.gate.engines)
+            report(f"ready: http://{host}:{listener.getsockname()[1]}/v1 serves {names}  (Ctrl-C stops)")
             await stopping
             report("stopping: no new requests, waiting for the running ones")
             for signum in (signal.SIGTERM, signal.SIGINT):  # a second signal does not wait
@@ -180,16 +211,49 @@ async def _serve(named: dict[str, Path], options: Options, listener: socket.sock
     return code
 
 
-def _engine_options(options: Options, engines: int) -> EngineOptions:
+def plan(named: Mapping[str, Path], options: Options) -> tuple[dict[str, EngineOptions], list[str]]:
+    """How each engine is started, and what to tell about it.
+
+    Raises:
+        ValueError: a feature that a checkpoint cannot have.
+    """
     cpu = on_cpu()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return EngineOptions(
-        dtype=options.dtype if options.dtype != "auto" else ("float32" if cpu else "bfloat16"),
-        eager=cpu if options.eager is None else options.eager,
-        threads=options.threads or max(1, (cores - 1) // engines),
-        kv_cache_gib=options.kv_cache_gib,
-        max_model_len=options.max_model_len,
-    )
+    ranks = options.tensor_parallel * options.pipeline_parallel
+    adapters = assign_adapters(options.adapters, named)
+    draft = options.speculative
+    engines: dict[str, EngineOptions] = {}
+    notes = []
+    for model, checkpoint in named.items():
+        features = Features(
+            tensor_parallel=options.tensor_parallel,
+            pipeline_parallel=options.pipeline_parallel,
+            adapters=adapters[model],
+            speculative=Path(draft).resolve() if draft and draft != NGRAM else draft,
+            speculative_tokens=options.speculative_tokens,
+            quantization=options.quantization,
+            vllm_args=split_arguments(options.vllm_args),
+        )
+        notes += [f"{model}: {note}" for note in check(model, checkpoint, features, cpu, options.max_model_len)]
+        eager = options.eager
+        if cpu and options.pipeline_parallel > 1:
+            if eager:
+                raise ValueError("on CPUs vLLM has pipeline stages only when it compiles: leave --eager out")
+            eager = False
+            notes.append(f"{model}: compiled, because vLLM has no pipeline stages on CPUs without (half a minute more)")
+        if cpu and features.adapters and eager is False:
+            notes.append(f"{model}: not compiled, because vLLM has no adapters on CPUs when it compiles")
+        engines[model] = EngineOptions(
+            dtype=options.dtype if options.dtype != "auto" else default_dtype(checkpoint, features, cpu),
+            eager=cpu if eager is None else eager,
+            threads=options.threads or max(1, (cores - 1) // (len(named) * ranks)),
+            kv_cache_gib=options.kv_cache_gib,
+            max_model_len=options.max_model_len,
+            features=features,
+        )
+    if cpu and len(named) * ranks > cores:
+        notes.append(f"WARNING: {len(named) * ranks} engine ranks share {cores} cores; they will wait for each other")
+    return engines, notes
 
 
 def _write_state(log_dir: Path | None, engines: list[Engine]) -> None:
@@ -197,6 +261,8 @@ def _write_state(log_dir: Path | None, engines: list[Engine]) -> None:
     if log_dir:
         state = {
             "pid": os.getpid(),
-            "engines": [{"model": e.model, "pid": e.pid, "socket": str(e.socket)} for e in engines],
+            "engines": [
+                {"model": e.model, "names": list(e.names), "pid": e.pid, "socket": str(e.socket)} for e in engines
+            ],
         }
         (log_dir / "engines.json").write_text(json.dumps(state) + "\n")

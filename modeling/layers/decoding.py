@@ -90,6 +90,9 @@ class CausalLMHead:
     (B, T; -100 is ignored; shifted here), and returns logits (B, T, V).
     """
 
+    model: Any
+    lm_head: Any
+
     def forward(
         self,
         input_ids: Tensor | None = None,

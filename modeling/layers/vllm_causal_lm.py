@@ -1,7 +1,7 @@
 """What every decoder's vLLM class has around its body: head, logits, loading, and the interfaces vLLM asks for."""
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ class CausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
             ``forward`` of input_ids, positions (N,), intermediate_tensors, inputs_embeds (N, C).
     """
 
-    body: ClassVar[type[nn.Module]]
+    body: ClassVar[type[Any]]
+    model: Any
     hf_to_vllm_mapper: WeightsMapper = WeightsMapper()
     # Adapters of embedding and head are refused: with them vLLM cannot score prompts (``prompt_logprobs``, ``echo``),
     # on which the comparison with the fingerprint rests, and where the two are one matrix their meaning is unclear.

@@ -132,15 +132,18 @@ class TokenCache(nn.Module, AttentionLayerBase):
         if metadata is None:  # a run that only measures memory or warms up
             count = input_ids.shape[0]
             lengths = [min(self.longest, count - start) for start in range(0, count, self.longest)]
-            positions = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths])
-            return Window(input_ids, positions, lengths, torch.arange(count, device=input_ids.device))
+            every = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths])
+            return Window(input_ids, every, lengths, torch.arange(count, device=input_ids.device))
         step: TokenCacheMetadata = metadata[self.prefix]
         cache = self.kv_cache  # (blocks, 1, block_size, 1)
         block_size, device = cache.shape[2], input_ids.device
         slots = step.slots
         cache[slots // block_size, 0, slots % block_size, 0] = input_ids[: slots.shape[0]].to(cache.dtype)
 
-        ids, positions, rows, start, begin = [], [], [], 0, 0
+        ids: list[Tensor] = []
+        positions: list[Tensor] = []
+        rows: list[Tensor] = []
+        start, begin = 0, 0
         for request, (length, end) in enumerate(zip(step.lengths, step.query_ends, strict=True)):
             position = torch.arange(length, device=device)
             block = step.block_table[request, position // block_size]
@@ -170,7 +173,9 @@ class WindowAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
         out = []
         for sequence in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-            heads = [x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)[None] for x in sequence]  # (1, H, T, D)
-            y = F.scaled_dot_product_attention(*heads, scale=self.scale)
+            # (1, H, T, D) each
+            heads = (x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)[None] for x in sequence)
+            qs, ks, vs = heads
+            y = F.scaled_dot_product_attention(qs, ks, vs, scale=self.scale)
             out.append(y[0].transpose(0, 1).flatten(1))  # (T, H * D)
         return torch.cat(out)

@@ -57,7 +57,10 @@ def _create_app(engines: Sequence[Engine], gate: Gate, metrics: Metrics) -> Fast
         return JSONResponse(_model_card(model))
 
     def _model_card(name: str) -> dict[str, object]:
-        return {"id": name, "object": "model", "created": created, "owned_by": "medassist"}
+        base = gate.engines[name].model
+        parent = base if base != name else None  # an adapter's
+        card = {"id": name, "object": "model", "created": created, "owned_by": "medassist"}
+        return card | {"root": base, "parent": parent}
 
     @app.get("/health")
     async def health() -> JSONResponse:

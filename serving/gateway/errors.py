@@ -1,11 +1,16 @@
 """Every error in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
 from starlette.responses import Response
 
+# How vLLM, and serving.launch in its place, say that prompt and answer do not fit.
+_TOO_LONG = re.compile(
+    r"maximum context length|maximum model length|max_(?:completion_)?tokens=\d+ cannot be greater than max_model_len"
+)
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -63,9 +68,8 @@ def from_engine(status: int, body: bytes, retry_after: int) -> ApiError:
         message, param = str(error["message"]), error.get("param")
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         message, param = "the engine refused the request", None
-    code = None
-    if "maximum context length" in message or "max_model_len" in message or "maximum model length" in message:
-        code = "context_length_exceeded"
+    message = re.sub(r" \((?:parameter|value)=[^()]*\)$", "", message)  # vLLM repeats the field behind its sentence
+    code = "context_length_exceeded" if _TOO_LONG.search(message) else None
     return ApiError(status, message, code, param)
 
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from uuid import uuid4
 
 import aiohttp
-import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.engine import Engine
 from serving.gateway.errors import ApiError, engine_lost, from_engine
 from serving.gateway.metrics import Metrics
+from serving.gateway.requests import parse, prepare
 
 MAX_BODY = 8 * 2**20  # bytes
 DONE = b"data: [DONE]"
@@ -25,10 +25,10 @@ _JSON = {"Content-Type": "application/json"}
 
 
 class Gate:
-    """Which engines there are, and whether requests are still taken."""
+    """Which engines there are, by the names of their models and adapters, and whether requests are still taken."""
 
     def __init__(self, engines: Sequence[Engine]) -> None:
-        self.engines = {engine.model: engine for engine in engines}
+        self.engines = {name: engine for engine in engines for name in engine.names}
         self.draining = False
         self.running: set[asyncio.Task[None]] = set()
 
@@ -115,8 +115,10 @@ class _Request:
         metrics = self.relay.metrics
         try:
             body = await self._read_body()
-            engine = self.relay.gate.choose(_model_of(body))
-            self.model = engine.model
+            request = parse(body)
+            engine = self.relay.gate.choose(request.get("model"))
+            self.model = str(request["model"])
+            body = prepare(body, request, self.model, engine)
             with metrics.in_flight.labels(self.model).track_inprogress():
                 code = await self._relay(engine, body)
         except ApiError as e:
@@ -237,18 +239,3 @@ class _Request:
         body = error.body
         await self._start(error.status, b"application/json", len(body), error.retry_after)
         await self.send({"type": "http.response.body", "body": body})
-
-
-def _model_of(body: bytes) -> object:
-    """The field ``model`` of a request.
-
-    Raises:
-        ApiError: not JSON, or not an object.
-    """
-    try:
-        request = orjson.loads(body)
-    except orjson.JSONDecodeError as e:
-        raise ApiError(400, f"the request is not valid JSON: {e}", "invalid_json") from None
-    if not isinstance(request, dict):
-        raise ApiError(400, "the request must be a JSON object", "invalid_json")
-    return request.get("model")
