@@ -29,6 +29,7 @@ class CausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
 
     body: ClassVar[type[Any]]
     model: Any
+    lm_head: Any
     hf_to_vllm_mapper: WeightsMapper = WeightsMapper()
     # Adapters of embedding and head are refused: with them vLLM cannot score prompts (``prompt_logprobs``, ``echo``),
     # on which the comparison with the fingerprint rests, and where the two are one matrix their meaning is unclear.
@@ -41,7 +42,7 @@ class CausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
         config = vllm_config.model_config.hf_config
         self.config = config  # vLLM's LoRA manager reads it
         self.model = self.body(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.lm_head: nn.Module = PPMissingLayer()
+        self.lm_head = PPMissingLayer()
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
                 config.vocab_size,
