@@ -22,7 +22,7 @@ class GatorGPTConfig(MedAssistGPTConfig):
 
     @classmethod
     def tiny(cls, **changes: Any) -> "GatorGPTConfig":
-        """A few thousand parameters, for tests, with version 1's head size of 48, which few attention kernels take."""
+        """For tests: with version 1's head size of 48, which few attention kernels take."""
         sizes: dict[str, Any] = dict(
             vocab_size=160, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, head_dim=48, max_position_embeddings=512, eos_token_id=0,

@@ -67,7 +67,7 @@ class GPTConfig(PreTrainedConfig):
 
     @classmethod
     def tiny(cls, **changes: Any) -> "GPTConfig":
-        """A few thousand parameters, for tests, with the 211M's head size of 45, which no attention kernel takes."""
+        """For tests: with the 211M's head size of 45, which no attention kernel takes."""
         sizes: dict[str, Any] = dict(
             vocab_size=160, hidden_size=90, num_hidden_layers=2, num_attention_heads=2,
             max_position_embeddings=512, eos_token_id=0,

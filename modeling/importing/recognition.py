@@ -67,7 +67,7 @@ def recognise(weights: Weights, config: Mapping[str, Any] | None) -> Recognised:
     own = sum(bool(OURS.fullmatch(name)) for name in tensors)
     if own:
         if named and own * 2 > len(tensors):
-            return Recognised(named[0], own_layout(named[0]), True, tensors, prefix, ())
+            return Recognised(named[0], own_layout(named[0], config or {}), True, tensors, prefix, ())
         raise ValueError(_foreign(weights, tensors, claims))
     fitting = [a for a in REGISTRY.values() if any(re.fullmatch(a.layout().signature, name) for name in tensors)]
     for arch in fitting:
@@ -101,9 +101,14 @@ def recognise(weights: Weights, config: Mapping[str, Any] | None) -> Recognised:
     return Recognised(arch, arch.layout(), False, tensors, prefix, tuple(warnings))
 
 
-def own_layout(arch: Architecture) -> Layout:
-    """The layout of our own checkpoint directories: every name is itself."""
-    ties = getattr(arch.model_class(), "_tied_weights_keys", None)
+def own_layout(arch: Architecture, given: Mapping[str, Any]) -> Layout:
+    """The layout of our own checkpoint directories: every name is itself.
+
+    Args:
+        given: the configuration, which says whether head and embedding are one.
+    """
+    tied = given.get("tie_word_embeddings", arch.config_class().tie_word_embeddings)
+    ties = getattr(arch.model_class(), "_tied_weights_keys", None) if tied else None
     return Layout(
         signature=OURS.pattern,
         tensors=lambda config: {name: (name,) for name in own_shapes(arch, config)},
@@ -128,7 +133,7 @@ def own_shapes(arch: Architecture, config: Any) -> dict[str, tuple[int, ...]]:
             model = model_class(config)
     except (RuntimeError, OverflowError, TypeError) as e:
         raise ValueError(f"the configuration's sizes are beyond what can be computed with ({e})") from None
-    ties = getattr(model_class, "_tied_weights_keys", None) or {}
+    ties = (getattr(model_class, "_tied_weights_keys", None) or {}) if config.tie_word_embeddings else {}
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in ties}
 
 

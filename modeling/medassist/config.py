@@ -88,7 +88,7 @@ class MedAssistGPTConfig(PreTrainedConfig):
 
     @classmethod
     def tiny(cls, **changes: Any) -> "MedAssistGPTConfig":
-        """A few thousand parameters, for tests; its head size (32) is the smallest that vLLM's CPU attention takes."""
+        """For tests; its head size (32) is the smallest that vLLM's CPU attention takes."""
         sizes: dict[str, Any] = dict(
             vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512, eos_token_id=0,

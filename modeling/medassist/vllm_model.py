@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -31,63 +31,10 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from modeling.layers.rope import cos_sin, inverse_frequencies, rotate_neighbours
 from modeling.layers.vllm_attention import PagedAttention
 from modeling.layers.vllm_causal_lm import CausalLM
 from modeling.medassist.config import MedAssistGPTConfig
-
-
-class FlattenedRotary(nn.Module):
-    """The flattened layout for this rank's heads: one table row holds the angles of the queries, then of the keys.
-
-    Queries and keys lie side by side in the fused projection, so a single rotation serves both.
-    """
-
-    def __init__(self, config: MedAssistGPTConfig, num_heads: int, num_kv_heads: int) -> None:
-        super().__init__()
-        assert config.head_dim is not None
-        assert config.rope_parameters is not None
-        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        half = config.head_dim // 2
-        first_q = rank * num_heads
-        # With more ranks than key/value heads, neighbouring ranks hold copies of the same head.
-        copies = max(1, ranks // config.num_key_value_heads)
-        first_kv = (rank // copies) * num_kv_heads
-        # Frequencies run over the whole width, of which this rank holds a contiguous part.
-        theta = config.rope_parameters["rope_theta"]
-        inv_q = inverse_frequencies(config.num_attention_heads * config.head_dim, theta)
-        inv_k = inverse_frequencies(config.num_key_value_heads * config.head_dim, theta)
-        inv_freq = torch.cat(
-            (
-                inv_q[first_q * half : (first_q + num_heads) * half],
-                inv_k[first_kv * half : (first_kv + num_kv_heads) * half],
-            )
-        )
-        positions = torch.arange(config.max_position_embeddings, dtype=torch.float32, device="cpu")
-        cos, sin = cos_sin(positions, inv_freq)  # (max_position_embeddings, (H + K) * D/2)
-        device = torch.get_default_device()
-        self.cos = nn.Buffer(cos.to(device), persistent=False)
-        self.sin = nn.Buffer(sin.to(device), persistent=False)
-
-    def rows(self, positions: Tensor) -> tuple[Tensor, ...]:
-        """Gathered once per step, shared by all layers: cosines and sines, ``(N, (H + K) * D/2)`` each.
-
-        In eager mode on a CPU one complex tensor ``cos + i sin``: a complex product is several times faster there than
-        real arithmetic, and as fast as vLLM's own kernel for Llama.
-        """
-        cos, sin = self.cos[positions], self.sin[positions]
-        if positions.device.type == "cpu" and not torch.compiler.is_compiling():
-            return (torch.complex(cos, sin),)
-        return cos, sin
-
-    @staticmethod
-    def rotate(qk: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
-        """Rotates ``qk`` of shape ``(N, (H + K) * D)``, which it may overwrite."""
-        if len(rows) == 2:
-            return rotate_neighbours(qk, *rows)
-        exact = qk.float()  # itself in float32: no memory is allocated, and none must be faulted in
-        torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(rows[0])
-        return exact.to(qk.dtype)
+from modeling.medassist.vllm_rotary import FlattenedRotary, PerHeadRotary, rotary, vllms_kernel_is_exact
 
 
 class MedAssistAttention(nn.Module):
@@ -122,7 +69,8 @@ class MedAssistAttention(nn.Module):
             prefix=f"{prefix}.o_proj",
         )
         self.rotary_emb = None
-        if config.rope_layout == "per_head":
+        self.rotate = FlattenedRotary.rotate if config.rope_layout == "flattened" else PerHeadRotary.rotate
+        if vllms_kernel_is_exact(config):
             self.rotary_emb = get_rope(
                 config.head_dim,
                 max_position=config.max_position_embeddings,
@@ -147,7 +95,7 @@ class MedAssistAttention(nn.Module):
             q, k = self.rotary_emb(positions, q, k)
         else:
             qk, v = qkv.split([self.q_size + self.kv_size, self.kv_size], dim=-1)
-            q, k = FlattenedRotary.rotate(qk, rope_rows).split([self.q_size, self.kv_size], dim=-1)
+            q, k = self.rotate(qk, rope_rows).split([self.q_size, self.kv_size], dim=-1)
         out, _ = self.o_proj(self.attn(q, k, v))
         return out  # (N, C)
 
@@ -226,12 +174,7 @@ class MedAssistGPTModel(nn.Module):
             prefix=f"{prefix}.layers",
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if group.is_last_rank else PPMissingLayer()
-        self.rotary = None
-        if config.rope_layout == "flattened":
-            ranks = get_tensor_model_parallel_world_size()
-            self.rotary = FlattenedRotary(
-                config, config.num_attention_heads // ranks, max(1, config.num_key_value_heads // ranks)
-            )
+        self.rotary = None if vllms_kernel_is_exact(config) else rotary(config)
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )

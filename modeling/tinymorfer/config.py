@@ -61,7 +61,7 @@ class TinymorferConfig(PreTrainedConfig):
 
     @classmethod
     def tiny(cls, **changes: Any) -> "TinymorferConfig":
-        """A few thousand parameters, for tests."""
+        """For tests."""
         sizes: dict[str, Any] = dict(
             vocab_size=160, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
             max_position_embeddings=512, eos_token_id=0,

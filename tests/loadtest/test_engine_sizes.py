@@ -37,7 +37,8 @@ def test_heads_of_the_llama_cover_the_same_widths_in_a_size_that_kernels_take(mo
     assert llama.num_attention_heads * kv_heads == config.num_attention_heads * llama.num_key_value_heads
     width, theirs = kv_heads * config.head_dim, llama.num_key_value_heads * llama.head_dim
     assert theirs == width or all(width % size for size in HEAD_SIZES)
-    assert theirs == pytest.approx(width, rel=0.15)  # tiny sizes; 1.3 % is the most of a published one
+    if preset != "tiny":  # which may have any heads
+        assert theirs == pytest.approx(width, rel=0.015)
     if config.head_dim in HEAD_SIZES:
         assert llama.head_dim == config.head_dim
 
