@@ -229,11 +229,6 @@ def _check_parallel(model: str, config: Mapping[str, Any], features: Features, o
     layers = config.get("num_hidden_layers", stages)
     if stages > layers:
         raise ValueError(f"{model}: its {layers} layers cannot make {stages} pipeline stages")
-    if stages > 1 and features.adapters and on_cpu:
-        raise ValueError(
-            f"{model}: on CPUs --pipeline-parallel-size needs torch.compile, which adapters rule out; use "
-            "--tensor-parallel-size instead"
-        )
     if stages > 1 and features.speculative and on_cpu:
         raise ValueError(
             f"{model}: on CPUs vLLM has no speculation across pipeline stages; use --tensor-parallel-size instead of "

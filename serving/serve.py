@@ -33,8 +33,7 @@ class Options:
         dtype: of weights and activations; "auto" is float32 on CPUs (bfloat16 is slower on most), bfloat16 on GPUs and
             for quantised weights whose kernels have no float32.
         max_model_len: longest sequence in tokens; the model's own maximum if None.
-        eager: without torch.compile; None: eager on CPUs, where compiling costs half a minute and gains nothing; but
-            compiled with pipeline stages, which vLLM has on CPUs only then.
+        eager: without torch.compile; None: eager on CPUs, where compiling costs half a minute and gains nothing.
         threads: CPU threads of each rank of each engine; None: all cores but one, shared between all ranks.
         kv_cache_gib: KV cache of each engine on CPUs, GiB. On GPUs vLLM takes what is free.
         drain_seconds: how long running requests may take to finish when the server is told to stop.
@@ -235,17 +234,11 @@ def plan(named: Mapping[str, Path], options: Options) -> tuple[dict[str, EngineO
             vllm_args=split_arguments(options.vllm_args),
         )
         notes += [f"{model}: {note}" for note in check(model, checkpoint, features, cpu, options.max_model_len)]
-        eager = options.eager
-        if cpu and options.pipeline_parallel > 1:
-            if eager:
-                raise ValueError("on CPUs vLLM has pipeline stages only when it compiles: leave --eager out")
-            eager = False
-            notes.append(f"{model}: compiled, because vLLM has no pipeline stages on CPUs without (half a minute more)")
-        if cpu and features.adapters and eager is False:
+        if cpu and features.adapters and options.eager is False:
             notes.append(f"{model}: not compiled, because vLLM has no adapters on CPUs when it compiles")
         engines[model] = EngineOptions(
             dtype=options.dtype if options.dtype != "auto" else default_dtype(checkpoint, features, cpu),
-            eager=cpu if eager is None else eager,
+            eager=cpu if options.eager is None else options.eager,
             threads=options.threads or max(1, (cores - 1) // (len(named) * ranks)),
             kv_cache_gib=options.kv_cache_gib,
             max_model_len=options.max_model_len,

@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, 
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from modeling.layers import vllm_cpu_lora
+from modeling.layers import vllm_cpu
 
 
 class CausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
@@ -38,7 +38,7 @@ class CausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         if current_platform.is_cpu():
-            vllm_cpu_lora.mend()
+            vllm_cpu.mend()
         config = vllm_config.model_config.hf_config
         self.config = config  # vLLM's LoRA manager reads it
         self.model = self.body(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))

@@ -280,12 +280,10 @@ def test_tensor_parallel_ranks_compute_the_same_and_die_with_their_server(direct
         server.stop()
 
 
-@pytest.mark.slow
 def test_pipeline_stages_compute_the_same(directory: Path, base: Path) -> None:
     server = Server(base, directory / "stages", *SMALL_CACHE, "--pp", "2")
     try:
         server.wait_ready()
-        assert "compiled" in server.log
         ids = probe_ids(130, VOCABULARY)
         assert differences(module(base), ids, answer(server, ids, 8)).max() < TOLERANCE
     finally:

@@ -31,11 +31,15 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "eager": ({"enforce_eager": True}, ONE_PROCESS),
     "compiled": ({"enforce_eager": False}, ONE_PROCESS),
     "tensor-parallel": ({"enforce_eager": True, "tensor_parallel_size": 2}, TWO_RANKS),
-    # Compiled, because vLLM's CPU worker does not prepare a later stage's inputs in eager mode.
-    "pipeline-parallel": ({"enforce_eager": False, "pipeline_parallel_size": 2}, TWO_RANKS),
+    "pipeline-parallel": ({"enforce_eager": True, "pipeline_parallel_size": 2}, TWO_RANKS),
+    "compiled-pipeline-parallel": ({"enforce_eager": False, "pipeline_parallel_size": 2}, TWO_RANKS),
     "lora": ({"enforce_eager": True, "enable_lora": True, "max_lora_rank": 8, "max_loras": 4}, ONE_PROCESS),
     "lora-tensor-parallel": (
         {"enforce_eager": True, "enable_lora": True, "max_lora_rank": 8, "max_loras": 4, "tensor_parallel_size": 2},
+        TWO_RANKS,
+    ),
+    "lora-pipeline-parallel": (
+        {"enforce_eager": True, "enable_lora": True, "max_lora_rank": 8, "max_loras": 4, "pipeline_parallel_size": 2},
         TWO_RANKS,
     ),
     "ngram": (

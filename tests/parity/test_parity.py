@@ -40,8 +40,11 @@ QUICK = {
     ("lora", "medassist_gpt", 1),
     ("lora", "tinymorfer", 0),  # a projection that is fused in the checkpoint
 }
+PIPELINES = ("pipeline-parallel", "compiled-pipeline-parallel")
+ADAPTERS = ("lora", "lora-tensor-parallel", "lora-pipeline-parallel")
+SPECULATION = ("ngram", "draft")
 # What a model whose tokens all see each other cannot do; it says so (test_bidirectional_refusals).
-CAUSAL_ONLY = {"pipeline-parallel", "lora", "lora-tensor-parallel", "ngram", "draft"}
+CAUSAL_ONLY = {*PIPELINES, *ADAPTERS, *SPECULATION}
 
 
 def cases(*kinds: str) -> list[Any]:
@@ -59,7 +62,7 @@ def cases(*kinds: str) -> list[Any]:
     return result
 
 
-@pytest.mark.parametrize("case", cases("eager", "compiled", "tensor-parallel", "pipeline-parallel", "ngram", "draft"))
+@pytest.mark.parametrize("case", cases("eager", "compiled", "tensor-parallel", *PIPELINES, *SPECULATION))
 def test_served_logprobs_are_the_modules(case: Case, engines: Engines) -> None:
     result = engines.result(case)
     model = case.variant.module()
@@ -70,7 +73,7 @@ def test_served_logprobs_are_the_modules(case: Case, engines: Engines) -> None:
     assert cached >= 256 if case.variant.causal else cached == 0, "the prefix cache"
 
 
-@pytest.mark.parametrize("case", cases("lora", "lora-tensor-parallel"))
+@pytest.mark.parametrize("case", cases(*ADAPTERS))
 def test_served_adapter_is_the_merged_one(case: Case, engines: Engines) -> None:
     """Each projection alone and all together, in one batch with requests to the model alone."""
     job, result = engines.job(case), engines.result(case)

@@ -51,7 +51,6 @@ def value(arguments: list[str], option: str) -> str:
         ("gatorgpt", {"num_key_value_heads": 4, "intermediate_size": 130}, {"tensor_parallel": 4}, "intermediate_size"),
         ("tinymorfer", {}, {"pipeline_parallel": 3}, "2 layers cannot make 3"),
         ("medassist_gpt", {}, {"pipeline_parallel": 2, "speculative": "ngram"}, "speculation across pipeline stages"),
-        ("medassist_gpt", {}, {"pipeline_parallel": 2, "eager": True}, "leave --eager out"),
         ("medassist_gpt", {}, {"speculative": "nowhere"}, "ngram or a checkpoint directory"),
     ],
     ids=str,
