@@ -48,7 +48,8 @@ class Adapter:
 
     Attributes:
         directory: where it lies.
-        rank: the largest of its matrices.
+        rank: the largest that its configuration names, r or one of rank_pattern: vLLM asks for room for that, even
+            where no matrix has it.
         modules: last parts of the names of the modules it changes, such as ``("k_proj", "q_proj")``.
         silent: full names of modules whose B is all zeros; the adapter changes nothing there.
         changes: whether any B is not all zeros.
@@ -81,15 +82,15 @@ def read(directory: Path, base: Path) -> Adapter:
     matrices = _matrices(base)
     pairs = _pairs(directory, entries, matrices)
     _check_targets(directory, config, set(pairs), matrices)
-    largest, silent = 0, []
+    silent = []
     with (directory / WEIGHTS).open("rb") as f:
         for module, (a, b) in pairs.items():
-            largest = max(largest, _check_shapes(directory, config, module, entries[a], entries[b], matrices[module]))
+            _check_shapes(directory, config, module, entries[a], entries[b], matrices[module])
             if _all_zero(f, entries[b]):
                 silent.append(module)
     return Adapter(
         directory,
-        largest,
+        max([config["r"], *(config.get("rank_pattern") or {}).values()]),
         tuple(sorted({module.rpartition(".")[2] for module in pairs})),
         tuple(silent),
         len(silent) < len(pairs),
@@ -154,6 +155,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field) or {}, dict):
             raise ValueError(f"{path}: {field} must be an object")
+    for pattern, rank in (config.get("rank_pattern") or {}).items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+            raise ValueError(f"{path}: rank_pattern must give {pattern!r} a whole number above 0, got {rank!r}")
     if not (directory / WEIGHTS).exists() and (directory / "adapter_model.bin").exists():
         raise ValueError(f"{directory} holds adapter_model.bin, a pickle: save the adapter as {WEIGHTS}")
     return config
@@ -207,7 +211,7 @@ def _check_module(path: Path, name: str, module: str, matrices: Mapping[str, tup
             f"{path}: {name} adapts the embedding, which the engine cannot do for each request apart (and where it is "
             "the head too, would do only half): merge the adapter into the checkpoint, or train it without embed_tokens"
         )
-    if module in matrices and re.search(r"\.layers\.\d+\.", module):
+    if module in matrices and _in_a_layer(module):
         return
     hint = ""
     if f"model.{module}" in matrices:
@@ -224,23 +228,28 @@ def _check_targets(
 ) -> None:
     """The configuration and the file must speak of the same modules: what is missing was lost on the way."""
     path, targets = directory / CONFIG, config.get("target_modules")
+    missing: list[str] = []
     if targets == "all-linear":
-        return
-    if isinstance(targets, str):
-        missing = [] if any(_matches(targets, m) for m in modules) else [targets]
-        extra = sorted(m for m in modules if not _matches(targets, m))
+        # PEFT leaves out the head; the embedding is no linear layer.
+        selected = {m for m in matrices if _in_a_layer(m)}
+    elif isinstance(targets, str):
+        selected = {m for m in matrices if _matches(targets, m)}
     elif isinstance(targets, list) and all(isinstance(t, str) for t in targets):
+        selected = {m for m in matrices if any(_is_or_ends_with(m, t) for t in targets)}
         missing = [t for t in targets if not any(_is_or_ends_with(m, t) for m in modules)]
-        extra = sorted(m for m in modules if not any(_is_or_ends_with(m, t) for t in targets))
-        if not missing and not any(config.get(key) for key in ("layers_to_transform", "layers_pattern",
-                                                               "exclude_modules")):  # fmt: skip
-            missing = sorted(m for m in set(matrices) - modules if any(_is_or_ends_with(m, t) for t in targets))
     else:
         raise ValueError(f"{path}: target_modules must be a list of names or a pattern")
+    extra = sorted(modules - selected)
+    if not any(config.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules")):
+        missing = missing or sorted(selected - modules)
     if missing:
         raise ValueError(f"{path}: target_modules asks for {missing[0]}, but {WEIGHTS} has no tensors for it")
     if extra:
         raise ValueError(f"{path}: {WEIGHTS} has tensors for {extra[0]}, which is not among target_modules")
+
+
+def _in_a_layer(module: str) -> bool:
+    return re.search(r"\.layers\.\d+\.", module) is not None
 
 
 def _is_or_ends_with(module: str, target: str) -> bool:
@@ -256,8 +265,8 @@ def _matches(pattern: str, module: str) -> bool:
 
 def _check_shapes(
     directory: Path, config: Mapping[str, Any], module: str, a: Entry, b: Entry, weight: tuple[int, ...]
-) -> int:
-    """The rank of one module's matrices, which must be the one that the configuration gives it."""
+) -> None:
+    """One module's matrices must have the rank that the configuration gives it."""
     # As in PEFT: the first pattern that matches the name, or its end after a dot.
     patterns = config.get("rank_pattern") or {}
     rank = next((r for p, r in patterns.items() if _matches(rf"(.*\.)?({p})", module)), config["r"])
@@ -268,7 +277,6 @@ def _check_shapes(
             f"({CONFIG}) they must be {(rank, columns)} and {(out, rank)}: the adapter was made for another model, or "
             "its r is wrong"
         )
-    return int(rank)
 
 
 def _all_zero(file: BinaryIO, entry: Entry) -> bool:

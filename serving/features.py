@@ -20,11 +20,33 @@ NGRAM = "ngram"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 # The largest ranks that vLLM can be told to make room for.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# Settings of vLLM that the gateway relies on.
-_OURS = (
-    "--model", "--served-model-name", "--uds", "--host", "--port", "--api-key", "--root-path", "--ssl-keyfile",
-    "--ssl-certfile", "--lora-modules", "--enable-log-requests", "--headless",
+# Options of vLLM 0.32 that --vllm-args may not hold. Those that an option of `medassist serve` stands for:
+_OURS = {
+    "--model": "CHECKPOINT", "--served-model-name": "NAME=CHECKPOINT", "--host": "--host", "--port": "--port",
+    "--dtype": "--dtype", "--max-model-len": "--max-model-len", "--enforce-eager": "--eager",
+    "--kv-cache-memory-bytes": "--kv-cache-gib", "--lora-modules": "--lora", "--enable-lora": "--lora",
+    "--quantization": "--quantization", "-q": "--quantization", "--quantization-config": "--quantization",
+    "--tensor-parallel-size": "--tensor-parallel-size", "-tp": "--tensor-parallel-size",
+    "--pipeline-parallel-size": "--pipeline-parallel-size", "-pp": "--pipeline-parallel-size",
+    "--speculative-config": "--speculative", "-sc": "--speculative", "--spec-method": "--speculative",
+    "--spec-model": "--speculative", "--spec-tokens": "--speculative-tokens",
+}  # fmt: skip
+# Those that could write prompts or answers somewhere, or hand them on.
+_TELLING = (
+    "--enable-log-requests", "--enable-log-outputs", "--enable-log-deltas", "--max-log-len", "--log-config-file",
+    "--logging-config", "--log-level", "--log-error-stack", "--otlp-traces-endpoint",
+    "--collect-detailed-traces", "--middleware", "--tool-server", "--kv-events-config", "--kv-transfer-config",
+    "--ec-transfer-config", "--kv-offloading-backend",
 )  # fmt: skip
+# Those that the gateway or the checks of this file rely on.
+_FIXED = (
+    "--config", "--uds", "--grpc", "--grpc-port", "--headless", "--api-key", "--root-path", "--ssl-keyfile",
+    "--ssl-certfile", "--tokenizer", "--tokenizer-mode", "--tokenizer-revision", "--skip-tokenizer-init",
+    "--max-lora-rank", "--max-loras", "--max-cpu-loras", "--lora-target-modules", "--distributed-executor-backend",
+    "--trust-remote-code", "--config-format", "--hf-config-path", "--hf-overrides", "--model-class-overrides",
+    "--model-impl", "--runner", "--convert", "--disable-uvicorn-access-log",
+)  # fmt: skip
+RESERVED = (*_OURS, *_TELLING, *_FIXED)
 
 
 @dataclass(frozen=True)
@@ -137,17 +159,40 @@ def split_arguments(text: str) -> tuple[str, ...]:
     """``--vllm-args`` as a shell would split it.
 
     Raises:
-        ValueError: unbalanced quotes, or a setting that the gateway relies on.
+        ValueError: unbalanced quotes, no option in front, or an option that is reserved or could abbreviate one.
     """
     try:
         arguments = tuple(shlex.split(text))
     except ValueError as e:
         raise ValueError(f"--vllm-args {text!r}: {e}") from None
+    if arguments and not arguments[0].startswith("-"):
+        # It would be read as one more value of the last option of ours, such as another adapter.
+        raise ValueError(f"--vllm-args must begin with an option of vllm serve, got {arguments[0]!r}")
     for argument in arguments:
-        option = argument.partition("=")[0].replace("_", "-")
-        if option in _OURS:
-            raise ValueError(f"--vllm-args: {option} is set by medassist and cannot be changed")
+        if argument.startswith("-"):
+            _check_argument(argument)
     return arguments
+
+
+def _check_argument(argument: str) -> None:
+    # As vLLM's parser reads them: --a_b is --a-b, --a.b sets a part of --a, --no-a unsets it, -qX is -q X, and any
+    # beginning of a name stands for the name.
+    name = argument.partition("=")[0].partition(".")[0]
+    option = name.replace("_", "-")
+    if option.startswith("--no-"):
+        option = "--" + option.removeprefix("--no-")
+    elif option.startswith("-q"):
+        option = "-q"
+    meant = [reserved for reserved in RESERVED if reserved.startswith(option)]
+    if not meant:
+        return
+    full = option if option in meant else meant[0]
+    subject = f"--vllm-args: {name}" if full == name else f"--vllm-args: {name} can stand for {full}, which"
+    if full in _OURS:
+        raise ValueError(f"{subject} is set by medassist; say {_OURS[full]} to medassist serve instead")
+    if full in _TELLING:
+        raise ValueError(f"{subject} could write down or pass on prompts and answers, which medassist never does")
+    raise ValueError(f"{subject} is set by medassist and cannot be changed")
 
 
 def check(model: str, checkpoint: Path, features: Features, on_cpu: bool, max_model_len: int | None) -> list[str]:
@@ -165,6 +210,7 @@ def check(model: str, checkpoint: Path, features: Features, on_cpu: bool, max_mo
     _check_parallel(model, config, features, on_cpu)
     if isinstance(features.speculative, Path):
         _check_draft(model, checkpoint, config, features.speculative, longest)
+        _check_ranks(features.speculative.name, read_config(features.speculative), features.tensor_parallel)
     for name, adapter in features.adapters.items():
         if adapter.rank > RANKS[-1]:
             raise ValueError(f"{name}: its rank is {adapter.rank}; vLLM serves up to {RANKS[-1]}")
@@ -216,7 +262,20 @@ def _check_bidirectional(model: str, features: Features) -> None:
 
 
 def _check_parallel(model: str, config: Mapping[str, Any], features: Features, on_cpu: bool) -> None:
-    ranks, stages = features.tensor_parallel, features.pipeline_parallel
+    _check_ranks(model, config, features.tensor_parallel)
+    stages = features.pipeline_parallel
+    layers = config.get("num_hidden_layers", stages)
+    if stages > layers:
+        raise ValueError(f"{model}: its {layers} layers cannot make {stages} pipeline stages")
+    if stages > 1 and features.speculative and on_cpu:
+        raise ValueError(
+            f"{model}: on CPUs vLLM has no speculation across pipeline stages; use --tensor-parallel-size instead of "
+            "--pipeline-parallel-size, or leave --speculative out"
+        )
+
+
+def _check_ranks(model: str, config: Mapping[str, Any], ranks: int) -> None:
+    """Whether tensor-parallel ranks divide a model; vLLM splits a draft by as many as the model it drafts for."""
     heads = config.get("num_attention_heads", ranks)
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % ranks:
@@ -226,14 +285,6 @@ def _check_parallel(model: str, config: Mapping[str, Any], features: Features, o
     width = config.get("intermediate_size") or 4 * config.get("hidden_size", ranks)
     if width % ranks:
         raise ValueError(f"{model}: its intermediate_size of {width} cannot be shared by {ranks} tensor-parallel ranks")
-    layers = config.get("num_hidden_layers", stages)
-    if stages > layers:
-        raise ValueError(f"{model}: its {layers} layers cannot make {stages} pipeline stages")
-    if stages > 1 and features.speculative and on_cpu:
-        raise ValueError(
-            f"{model}: on CPUs vLLM has no speculation across pipeline stages; use --tensor-parallel-size instead of "
-            "--pipeline-parallel-size, or leave --speculative out"
-        )
 
 
 def _check_draft(model: str, checkpoint: Path, config: Mapping[str, Any], draft: Path, longest: int) -> None:

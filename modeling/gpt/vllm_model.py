@@ -139,6 +139,7 @@ class GPTModel(nn.Module):
         if group.is_last_rank:
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.tokens = None
+        self.step_limit = vllm_config.scheduler_config.max_num_batched_tokens
         if not config.causal:
             # vLLM wants a layer number in every cache layer's name.
             self.tokens = TokenCache(config.max_position_embeddings, f"{prefix}.tokens.0")
@@ -176,9 +177,15 @@ class GPTModel(nn.Module):
             raise ValueError("a GPT with causal: false needs token ids: it cannot be given embeddings")
         window = self.tokens(input_ids)
         x = self.embed_tokens(window.input_ids) + self.embed_positions(window.positions)  # (M, C)
-        for layer in self.layers:
-            x = layer(x, window.lengths)
-        return self.norm(x[window.rows])  # (N, C)
+        parts, start = [], 0
+        for part in window.parts(self.step_limit):
+            lengths = window.lengths[part]
+            y = x[start : start + sum(lengths)]
+            for layer in self.layers:
+                y = layer(y, lengths)
+            parts.append(y)
+            start += len(y)
+        return self.norm(torch.cat(parts)[window.rows])  # (N, C)
 
 
 class GPTForCausalLM(CausalLM):

@@ -98,6 +98,20 @@ class Window:
     lengths: list[int]
     rows: Tensor
 
+    def parts(self, limit: int) -> list[slice]:
+        """The sequences in runs of whole ones, as slices of ``lengths``, each of at most ``limit`` tokens in all.
+
+        A step has a few new tokens of many sequences: computing all of them at once could take far more memory than
+        vLLM has measured that a step takes. A single sequence may be longer than ``limit``.
+        """
+        parts, start, tokens = [], 0, 0
+        for number, length in enumerate(self.lengths):
+            if tokens and tokens + length > limit:
+                parts.append(slice(start, number))
+                start, tokens = number, 0
+            tokens += length
+        return [*parts, slice(start, len(self.lengths))]
+
 
 class TokenCache(nn.Module, AttentionLayerBase):
     """A layer that keeps token ids in vLLM's paged cache, and gives whole sequences back."""

@@ -61,6 +61,14 @@ def test_every_projection_of_every_architecture_can_be_adapted(model_type: str, 
     names = sorted({name.rpartition(".")[2] for name in layers})
     write_adapter(tmp_path / "adapter", base, names, rank=3)
     assert list(read(tmp_path / "adapter", base).modules) == names
+    change_config(tmp_path / "adapter", target_modules="all-linear")
+    assert list(read(tmp_path / "adapter", base).modules) == names
+    lost = f"{PREFIX}{layers[-1]}"
+    change_tensors(tmp_path / "adapter", lambda t: [t.pop(f"{lost}.lora_{side}.weight") for side in "AB"])
+    for targets in ("all-linear", r".*\.layers\..*(" + "|".join(names) + ")"):
+        change_config(tmp_path / "adapter", target_modules=targets)
+        with pytest.raises(ValueError, match=rf"{layers[-1]}, but"):
+            read(tmp_path / "adapter", base)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +91,11 @@ def test_every_projection_of_every_architecture_can_be_adapted(model_type: str, 
         ({"target_modules": None}, "target_modules"),
         ({"target_modules": ["q_proj"]}, "down_proj, which is not among target_modules"),
         ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, "v_proj, but"),
-        ({"target_modules": r".*\.q_proj"}, "down_proj"),
+        ({"target_modules": r".*\.q_proj"}, "down_proj, which is not among target_modules"),
+        ({"target_modules": r".*\.[qv]_proj"}, "v_proj, but"),
+        ({"target_modules": r"model\.layers\.\d\..*_proj"}, "layers.0.mlp.gate_proj, but"),
+        ({"target_modules": "all-linear"}, "layers.0.mlp.gate_proj, but"),
+        ({"rank_pattern": {"k_proj": "8"}}, "rank_pattern must give 'k_proj'"),
     ],
     ids=str,
 )
@@ -100,8 +112,8 @@ def test_settings_that_change_the_arithmetic_are_refused(
     [
         {"use_rslora": True},
         {"alpha_pattern": {"q_proj": 4}},
-        {"target_modules": "all-linear"},
-        {"target_modules": r"model\.layers\.\d\..*_proj"},
+        {"target_modules": r"model\.layers\.\d\..*(q|down)_proj"},
+        {"target_modules": r".*_proj", "exclude_modules": ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]},
         {"init_lora_weights": "gaussian"},
         {"modules_to_save": []},
     ],
@@ -178,6 +190,13 @@ def test_ranks_of_single_modules(adapter: Path, base: Path) -> None:
         read(adapter, base)
     change_config(adapter, rank_pattern={"q_proj": 4})
     assert read(adapter, base).rank == 8
+
+
+def test_the_rank_is_what_vllm_asks_room_for(adapter: Path, base: Path) -> None:
+    change_config(adapter, r=64, rank_pattern={"q_proj": 8, "down_proj": 8})
+    assert read(adapter, base).rank == 64
+    change_config(adapter, r=8, rank_pattern={"k_proj": 32})
+    assert read(adapter, base).rank == 32
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x00" * 4, b"\xff" * 64, b"\x02" + b"\x00" * 7 + b"{"], ids=len)

@@ -61,6 +61,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             for o in scored
         ],
         "greedy": [],
+        "compiled": bool(llm.llm_engine.vllm_config.compilation_config.mode),
     }
     for _ in range(2):
         answers = []

@@ -69,6 +69,7 @@ def test_served_logprobs_are_the_modules(case: Case, engines: Engines) -> None:
     worst, others = differences(model, prompts(model.config.vocab_size), result)
     assert worst < TOLERANCE
     assert others == 0, "greedy tokens that are not the module's likeliest"
+    assert result["compiled"] == (case.kind.startswith("compiled") and case.variant.causal)
     cached = max(answer["cached"] for answer in result["greedy"][1])
     assert cached >= 256 if case.variant.causal else cached == 0, "the prefix cache"
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modeling.registry import REGISTRY
-from serving.features import default_dtype, read_config, split_arguments
+from serving.features import RESERVED, default_dtype, read_config, split_arguments
 from serving.gateway.errors import from_engine
 from serving.serve import Options, plan
 from tests.lora import write_adapter
@@ -45,18 +45,20 @@ def value(arguments: list[str], option: str) -> str:
 @pytest.mark.parametrize(
     ("model_type", "changes", "options", "reason"),
     [
-        ("gpt", {"causal": False}, {"speculative": "ngram"}, "not causal.*--speculative"),
-        ("gpt", {"causal": False}, {"pipeline_parallel": 2}, "not causal.*--tensor-parallel-size"),
-        ("medassist_gpt", {}, {"tensor_parallel": 3}, "4 attention heads cannot be shared by 3"),
-        ("gatorgpt", {"num_key_value_heads": 4, "intermediate_size": 130}, {"tensor_parallel": 4}, "intermediate_size"),
-        ("tinymorfer", {}, {"pipeline_parallel": 3}, "2 layers cannot make 3"),
-        ("medassist_gpt", {}, {"pipeline_parallel": 2, "speculative": "ngram"}, "speculation across pipeline stages"),
-        ("medassist_gpt", {}, {"speculative": "nowhere"}, "ngram or a checkpoint directory"),
+        ("gpt", {"causal": False}, {"speculative": "ngram"}, "m is not causal.*--speculative"),
+        ("gpt", {"causal": False}, {"pipeline_parallel": 2}, "m is not causal.*--tensor-parallel-size"),
+        ("medassist_gpt", {}, {"tensor_parallel": 3}, "m: its 4 attention heads cannot be shared by 3"),
+        ("gatorgpt", {"num_key_value_heads": 4, "intermediate_size": 130}, {"tensor_parallel": 4},
+         "m: its intermediate_size of 130"),
+        ("tinymorfer", {}, {"pipeline_parallel": 3}, "m: its 2 layers cannot make 3"),
+        ("medassist_gpt", {}, {"pipeline_parallel": 2, "speculative": "ngram"},
+         "m: .*speculation across pipeline stages"),
+        ("medassist_gpt", {}, {"speculative": "nowhere"}, "--speculative must be ngram or a checkpoint directory"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_what_cannot_work_is_refused(make: Make, model_type: str, changes: dict, options: dict, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"(?s)m?.*{reason}"):
+    with pytest.raises(ValueError, match=f"^{reason}"):
         plan({"m": make("base", model_type, **changes)}, Options(**options))
 
 
@@ -75,6 +77,17 @@ def test_a_draft_must_speak_the_same_vocabulary(make: Make) -> None:
         (directory / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {token: 0}}}))
     with pytest.raises(ValueError, match="the same ids mean other tokens"):
         plan({"m": base}, Options(speculative=str(other)))
+
+
+def test_a_draft_is_shared_by_the_ranks_too(make: Make) -> None:
+    base = make("base")
+    narrow = make("narrow", intermediate_size=130)
+    assert plan({"m": base}, Options(speculative=str(narrow), tensor_parallel=2))
+    with pytest.raises(ValueError, match=r"^narrow: its intermediate_size of 130 cannot be shared by 4"):
+        plan({"m": base}, Options(speculative=str(narrow), tensor_parallel=4))
+    lonely = make("lonely", num_attention_heads=1, num_key_value_heads=1)
+    with pytest.raises(ValueError, match=r"^lonely: its 1 attention heads cannot be shared by 2"):
+        plan({"m": base}, Options(speculative=str(lonely), tensor_parallel=2))
 
 
 def test_a_tokenizer_that_gives_ids_the_model_lacks_is_refused(make: Make) -> None:
@@ -114,6 +127,14 @@ def test_vllm_is_given_room_for_adapters_and_no_more(make: Make, tmp_path: Path)
     assert value(given, "--max-loras") == value(given, "--max-cpu-loras") == "2"
 
 
+def test_vllm_is_given_room_for_the_configured_rank_where_no_matrix_has_it(make: Make, tmp_path: Path) -> None:
+    base = make("base")
+    write_adapter(tmp_path / "a", base, ["q_proj"], rank=8)
+    path = tmp_path / "a/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 64, "rank_pattern": {"q_proj": 8}}))
+    assert value(arguments(base, adapters=(f"a={tmp_path / 'a'}",)), "--max-lora-rank") == "64"
+
+
 def test_an_adapter_that_changes_nothing_is_said(make: Make, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -134,10 +155,61 @@ def test_dtype_follows_the_weights(make: Make, tmp_path: Path) -> None:
     assert default_dtype(write_quantised(base, tmp_path / "i4", "int4"), plain, on_cpu=True) == "bfloat16"
 
 
-@pytest.mark.parametrize("text", ["--port 1", "--uds=/x", "--lora_modules x", "--max-num-seqs '1"])
-def test_arguments_that_the_gateway_relies_on_stay(text: str) -> None:
-    with pytest.raises(ValueError, match="--vllm-args"):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("--port 1", "--port is set by medassist; say --port to medassist serve instead"),
+        ("--uds=/x", "--uds is set by medassist and cannot"),
+        ("--lora_modules x", "--lora-modules, which .* say --lora to"),
+        ("--max-num-seqs '1", "No closing quotation"),
+        ("--enable-log-req", "--enable-log-requests, which could write down or pass on prompts"),
+        ("--enable-log", "--enable-log-requests, which"),
+        ("--no-enable-log-outputs", "--enable-log-outputs, which"),
+        ("--no_enable_log_o", "--enable-log-outputs, which"),
+        ("--max-num-seqs 3 --otlp http://127.0.0.1:1", "--otlp-traces-endpoint, which"),
+        ("--log-config-file=x", "--log-config-file could write"),
+        ("--conf x.yaml", "--config, which is set"),
+        ("--toke x", "--tokenizer, which"),
+        ("--max-model-l 9", "say --max-model-len to"),
+        ("--enforce", "say --eager to"),
+        ("--kv-cache-mem 9", "say --kv-cache-gib to"),
+        ("-tp 2", "say --tensor-parallel-size to"),
+        ("-t=2", "-tp, which"),
+        ("-qfp8", "say --quantization to"),
+        ("--speculative-config.method ngram", "say --speculative to"),
+        ("-sc.method=ngram", "say --speculative to"),
+        ("--spec-m ngram", "say --speculative to"),
+        ("--", "--model, which"),
+        ("x=/adapter --max-num-seqs 3", "must begin with an option"),
+    ],
+)
+def test_arguments_that_medassist_relies_on_stay(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^--vllm-args.*{reason}"):
         split_arguments(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "--max-model-len-foo 3", "--max-num-seqs 3", "--no-enable-prefix-caching", "--kv-cache-dtype fp8", "-dp 1",
+     "-cc.mode=0", "-O1", "--seed -1", "--watermark 0.1", "--tokenizer-mode-of-ours"],
+)  # fmt: skip
+def test_options_that_only_begin_like_reserved_ones_can_be_given(text: str) -> None:
+    assert " ".join(split_arguments(text)) == text
+
+
+def test_no_option_is_refused_by_accident() -> None:
+    """Every option of the installed vLLM is either reserved by its own name or can be given."""
+    cli_args = pytest.importorskip("vllm.entrypoints.launchers.cli_args")
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    actions = cli_args.make_arg_parser(FlexibleArgumentParser())._actions
+    names = {name for action in actions for name in action.option_strings}
+    # An option without its own line would be a typing error, or gone from this vLLM.
+    assert set(RESERVED) <= names
+    for name in names:
+        bare = "--" + name.removeprefix("--no-") if name.startswith("--no-") else name
+        if bare not in RESERVED and name != "-h":
+            assert split_arguments(name) == (name,)
 
 
 def test_other_arguments_reach_vllm_last(make: Make) -> None:
