@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from clients.installation import fail, needs
+from clients.installation import fail, needs, printable
 
 Settings = Annotated[
     list[str] | None,
@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 def import_(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A weight file, a folder, or owner/name on a Hugging Face hub.")
+        str, typer.Argument(metavar="SRC", help="A weight file, a folder, or owner/name[/FILE] on a Hugging Face hub.")
     ],
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
     tokenizer: Annotated[
@@ -79,7 +79,7 @@ def inspect(
     lines = describe(path, parse_settings(sets)).lines
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
-        print(f"{label:{width}}  {' '.join(text.split())}")
+        _print(f"{label:{width}}  {' '.join(text.split())}")
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -89,18 +89,22 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 def _print_summary(result: Any) -> None:
     for warning in result.warnings:
-        typer.secho(f"warning: {warning}", err=True, fg="yellow")
-    print(f"{result.directory}: {result.model_type}, {result.parameters:,} parameters, from {result.source}")
-    print(f"format: {result.format}")
+        typer.secho(f"warning: {printable(warning)}", err=True, fg="yellow")
+    _print(f"{result.directory}: {result.model_type}, {result.parameters:,} parameters, from {result.source}")
+    _print(f"format: {result.format}")
     by_origin: dict[str, list[str]] = {}
     for name, origin in result.origins.items():
         by_origin.setdefault(origin, []).append(f"{name} {getattr(result.config, name, '')}")
     for origin, fields in by_origin.items():
-        print(f"from {origin}: {', '.join(fields)}" if origin != "as published" else f"{origin}: {', '.join(fields)}")
-    print(f"tokenizer: {result.tokenizer}")
+        _print(f"from {origin}: {', '.join(fields)}" if origin != "as published" else f"{origin}: {', '.join(fields)}")
+    _print(f"tokenizer: {result.tokenizer}")
     for note in result.notes:
-        print(f"note: {note}")
-    print(f"serve it: medassist serve {result.directory}")
+        _print(f"note: {note}")
+    _print(f"serve it: medassist serve {result.directory}")
+
+
+def _print(line: str) -> None:
+    print(printable(line))
 
 
 def _preset_rows(arch: Any) -> list[tuple[str, ...]]:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from clients import benchmarks, checkpoints
-from clients.installation import demo_checkpoint
+from clients.installation import demo_checkpoint, printable
 from clients.installation import fail as _fail
 from clients.installation import needs as _needs
 
@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except (ValueError, OSError) as e:
-        typer.secho(f"medassist: {' '.join(str(e).split())}", err=True, fg="red")
+        typer.secho(f"medassist: {printable(' '.join(str(e).split()))}", err=True, fg="red")
         sys.exit(2)
 
 

@@ -38,6 +38,11 @@ def needs(extra: str) -> Iterator[None]:
         fail(f"this needs {e.name}: pip install 'medassist[{extra}]'", 1)
 
 
+def printable(text: str) -> str:
+    """The text with escapes for what a terminal would obey rather than show: names come from files of anybody's."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def fail(message: str, code: int) -> NoReturn:
     """Ends the command with that message and exit code."""
     typer.secho(f"medassist: {message}", err=True, fg="red")

@@ -1,9 +1,12 @@
 """The layout of GPT-155M's and GPT-211M's files: state dictionaries of the notebooks that train them."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from modeling.importing.layout import Layout, Shapes, layer_count, side, told
+
+MASK = r"trf_blocks\.\d+\.att\.mask"
 
 
 def tensors(config: Any) -> dict[str, tuple[str, ...]]:
@@ -28,11 +31,13 @@ def tensors(config: Any) -> dict[str, tuple[str, ...]]:
 
 
 def sizes(shapes: Shapes, known: Mapping[str, Any]) -> dict[str, int]:
-    positions, mask = side(shapes, "pos_emb.weight", 0), side(shapes, "trf_blocks.0.att.mask", 0)
-    if positions is not None and mask is not None and positions != mask:
+    positions = side(shapes, "pos_emb.weight", 0)
+    for name in shapes:
+        if not re.fullmatch(MASK, name) or positions is None or shapes[name][-2:] == (positions, positions):
+            continue
         raise ValueError(
-            f"pos_emb.weight {shapes['pos_emb.weight']} has {positions} positions, but trf_blocks.0.att.mask "
-            f"{shapes['trf_blocks.0.att.mask']} is for {mask}: the file is damaged, or put together from two models"
+            f"pos_emb.weight {shapes['pos_emb.weight']} has {positions} positions, but the mask {name} is "
+            f"{shapes[name]}: the file is damaged, or put together from two models"
         )
     return told(
         vocab_size=side(shapes, "tok_emb.weight", 0),
@@ -56,12 +61,13 @@ LAYOUT = Layout(
     signature=r"trf_blocks\.\d+\.att\.W_query\.weight|tok_emb\.weight",
     tensors=tensors,
     sizes=sizes,
-    ignored=r"trf_blocks\.\d+\.att\.mask",
+    ignored=MASK,
     model_types=("gpt", "GPTForCausalLM", "GPTModel"),
     aliases={
         "context_length": "max_position_embeddings", "emb_dim": "hidden_size", "n_heads": "num_attention_heads",
         "n_layers": "num_hidden_layers", "drop_rate": "dropout", "qkv_bias": "qkv_bias",
-        "d_model": "hidden_size", "eps": "layer_norm_eps",
+        "d_model": "hidden_size", "eps": "layer_norm_eps", "n_embd": "hidden_size", "n_head": "num_attention_heads",
+        "n_layer": "num_hidden_layers", "n_positions": "max_position_embeddings", "n_ctx": "max_position_embeddings",
     },
     settle=settle,
     # Two configurations of the 211M go round, of 256 and of 512 positions; there are as many as were trained.

@@ -87,6 +87,9 @@ def gather(found: Recognised, given: Mapping[str, Any] | None, settings: Mapping
     for name, annotation in fields.items():
         if annotation is int and name not in result.values:
             result.missing[name] = layout.asked.get(name, "no tensor in the file tells it")
+    for name, other in layout.derived.items():
+        if other in result.missing:
+            result.missing.pop(name, None)
     if (layers := result.values.get("num_hidden_layers", 1)) > len(shapes):
         raise ValueError(
             f"num_hidden_layers is {layers} ({result.origins['num_hidden_layers']}), but the file has only "

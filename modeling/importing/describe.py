@@ -16,10 +16,9 @@ from modeling.importing.source import Source, open_source, read_json
 
 @dataclass
 class Description:
-    """Labelled lines, in order; ``importable`` is whether an import would go through, as far as shapes tell."""
+    """Labelled lines, in order."""
 
     lines: list[tuple[str, str]] = field(default_factory=list)
-    importable: bool = False
 
     def add(self, label: str, text: str) -> None:
         self.lines.append((label, text))
@@ -83,7 +82,6 @@ def _describe_model(result: Description, source: Source, found: Recognised, sett
     result.add("parameters", f"{sum(target.elements for target in targets):,}")
     result.add("tokenizer", _tokenizer(source, found, config.vocab_size))
     result.add("import", "possible" + (", and needless: it is in our own format" if found.ours else ""))
-    result.importable = True
 
 
 def _tokenizer(source: Source, found: Recognised, vocab_size: int) -> str:

@@ -1,9 +1,11 @@
 """``medassist import``: a published model's files become a checkpoint directory of ours."""
 
 import contextlib
+import fcntl
 import os
-import re
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from modeling.importing.source import Source, open_source, read_json
 # Below this a progress line is gone before it can be read.
 LARGE = 64 * 2**20
 WEIGHTS = "model.safetensors"
+LOCK, STAGED = "lock", "checkpoint"  # in the hidden folder
+# Seconds within which an import has surely locked its folder.
+STARTING = 60
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ def import_checkpoint(
     Memory stays near that of the largest tensor. The directory appears as a whole or not at all.
 
     Args:
-        source: a file, a folder, or a repository's id (``owner/name``) on a Hugging Face hub.
+        source: a file, a folder, or a repository's id (``owner/name``) on a Hugging Face hub, or
+            a weight file of one (``owner/name/FILE``).
         out: the directory to write; must not exist, or be empty.
         tokenizer: see :func:`modeling.importing.tokenizer.choose`.
         revision: branch, tag or commit of the repository.
@@ -83,10 +89,10 @@ def import_checkpoint(
     )
     generation = _ends(found, opened, config, chosen.tokenizer)
     with staging(directory) as folder:
-        writer.check_space(folder, targets)
-        with _progress(writer.size(targets)) as progress:
-            writer.write(folder / WEIGHTS, targets, progress)
+        writer.check_space(directory.parent, targets)
         try:
+            with _progress(writer.size(targets)) as progress:
+                writer.write(folder / WEIGHTS, targets, progress)
             _write_rest(folder, found, config, generation, chosen.tokenizer)
         except OSError as e:
             raise writer.explained(e, directory.parent, writer.size(targets)) from None
@@ -114,7 +120,9 @@ def locate(source: str | Path, revision: str | None = None) -> Source:
             raise ValueError(f"--revision is for repositories on a hub, and {name} is on this disk")
         return open_source(path)
     if isinstance(source, Path) or not hub.is_repository(name):
-        raise ValueError(f"{name[:300]} does not exist; a repository on a hub is named owner/name")
+        raise ValueError(
+            f"{name[:300]} does not exist; a repository on a hub is named owner/name, a file of it owner/name/FILE"
+        )
     return open_source(hub.fetch(name, revision), name)
 
 
@@ -128,22 +136,25 @@ def gather(found: Recognised, source: Source, settings: Mapping[str, Any]) -> Ga
 
 @contextlib.contextmanager
 def staging(directory: Path) -> Iterator[Path]:
-    """A hidden folder beside ``directory`` that takes its name when the block ends, and is removed when it fails."""
+    """A folder that takes the name ``directory`` when the block ends, and is removed when it fails.
+
+    It is made inside a hidden one beside ``directory``, with the lock that tells other imports that this one is alive.
+    """
     created = [p for p in (directory.parent, *directory.parent.parents) if not p.exists()]
-    folder = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_overs(directory)
-        folder.mkdir()
-        yield folder
-        with _opened(folder) as descriptor:
-            os.fsync(descriptor)
-        try:
-            folder.rename(directory)
-        except OSError as e:
-            raise ValueError(f"{directory} appeared while this import was running ({e.strerror})") from None
+        with _locked_folder(directory) as hidden:
+            folder = hidden / STAGED
+            folder.mkdir()  # with the usual mode, where the hidden one is its owner's alone
+            yield folder
+            with _opened(folder) as descriptor:
+                os.fsync(descriptor)
+            try:
+                folder.rename(directory)
+            except OSError as e:
+                raise ValueError(f"{directory} appeared while this import was running ({e.strerror})") from None
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
         for parent in created:
             with contextlib.suppress(OSError):
                 parent.rmdir()
@@ -157,18 +168,40 @@ def _check_out(directory: Path) -> None:
         raise ValueError(f"--out {directory} is not empty; nothing is overwritten: choose another, or remove it first")
 
 
+@contextlib.contextmanager
+def _locked_folder(directory: Path) -> Iterator[Path]:
+    """A hidden folder beside ``directory``, gone when the block ends, with a lock that is held until then."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+    try:
+        with _opened(folder / LOCK, os.O_RDWR | os.O_CREAT) as descriptor:
+            with contextlib.suppress(OSError):  # a disk without locks: the folder is never taken for a left-over
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _remove_left_overs(directory: Path) -> None:
-    """Of imports that were killed: their process is gone."""
-    pattern = re.compile(re.escape(f".{directory.name}.partial-") + r"(\d+)")
+    """Of imports that were killed: nobody holds their lock. Process ids tell nothing, containers repeat them."""
     for path in directory.parent.iterdir():
-        match = pattern.fullmatch(path.name)
-        if match and not Path(f"/proc/{match[1]}").exists():
+        if not path.name.startswith(f".{directory.name}.partial-") or not path.is_dir():
+            continue
+        try:
+            # An import that is starting has not locked its folder yet.
+            if time.time() - path.stat().st_mtime < STARTING and not (path / STAGED).exists():
+                continue
+            with _opened(path / LOCK, os.O_RDWR) as descriptor:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        except FileNotFoundError:
             shutil.rmtree(path, ignore_errors=True)
+        except OSError:  # it is locked, or somebody else's
+            continue
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    descriptor = os.open(path, flags)
     try:
         yield descriptor
     finally:
@@ -197,11 +230,13 @@ def _ends(found: Recognised, source: Source, config: Any, tokenizer: Any) -> dic
     """
     given = source.config or {}
 
+    def fits(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < config.vocab_size
+
     def valid(value: Any) -> Any:
-        if isinstance(value, list):
-            return [v for v in value if valid(v) is not None] or None
-        fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < config.vocab_size
-        return value if fits else None
+        if isinstance(value, list | tuple):
+            return [v for v in value if fits(v)] or None
+        return value if fits(value) else None
 
     end, pad = valid(given.get("eos_token_id")), valid(given.get("pad_token_id"))
     if end is None and config.vocab_size in found.layout.tokenizers:

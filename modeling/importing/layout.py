@@ -36,6 +36,7 @@ class Layout:
             wrong at times: the tensors decide, with a warning.
         check: compares ignored tensors with the configuration; raises ValueError where they say otherwise.
         asked: fields that no shape tells -> how to find out, for the message when they are missing.
+        derived: field -> the field that it follows from by ``sizes``, so that it is not asked for beside that one.
         defaults: fields that published configurations leave out because all of them are the same.
         notes: field -> what to tell about a value that came from ``defaults``.
         tokenizers: vocabulary size -> tiktoken encoding that the published models of that size use.
@@ -53,6 +54,7 @@ class Layout:
     doubtful: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda given: ()
     check: Callable[[Any, Read], None] = lambda config, read: None
     asked: Mapping[str, str] = field(default_factory=dict)
+    derived: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     tokenizers: Mapping[int, str] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from modeling.importing.weights import Stored, Weights
 
 # What training dictionaries call the weights.
 STATE_KEYS = ("model_state_dict", "state_dict", "model")
+CONFIG_KEYS = ("config", "model_config")
 # The structure of a file with thousands of tensors takes less than a megabyte; tensors lie beside it.
 LARGEST_STRUCTURE = 64 * 2**20
 
@@ -40,8 +41,10 @@ def read(path: Path) -> Weights:
     config: Any = None
     extras: tuple[str, ...] = ()
     if key is not None:
-        format, config = f"training dictionary (torch.save, weights under {key!r})", content.get("config")
-        extras = tuple(str(k)[:80] for k in content if k not in (key, "config"))
+        format, config = f"training dictionary (torch.save, weights under {key!r})", None
+        config_key = next((k for k in CONFIG_KEYS if content.get(k) is not None), None)
+        config = None if config_key is None else content[config_key]
+        extras = tuple(str(k)[:80] for k in content if k not in (key, config_key))
     if not state:
         raise ValueError(f"{path}: {'the file' if key is None else key} holds no tensors")
     stored: dict[str, Stored] = {}

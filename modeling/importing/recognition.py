@@ -9,8 +9,10 @@ from modeling.importing.layout import Layout
 from modeling.importing.weights import Stored, Weights
 from modeling.registry import REGISTRY, Architecture
 
-# What torch.compile and data-parallel wrappers put before every name.
-PREFIX = re.compile(r"(module\.|model\.)?_orig_mod\.(module\.)?|module\.")
+# What torch.compile and data-parallel wrappers put before every name, each of them once or several times.
+PREFIX = re.compile(r"(_orig_mod\.|module\.|model\.(?=_orig_mod\.|module\.))+")
+# The attribute in which trainers keep the network. Names of ours begin with it too, but go on unlike published ones.
+TRAINER = "model."
 OURS = re.compile(r"model\.(embed_tokens|layers\.\d+)\..+")
 
 
@@ -42,9 +44,13 @@ def bare_tensors(weights: Weights) -> tuple[dict[str, Stored], str]:
     tensors: dict[str, Stored] = {}
     prefixes: set[str] = set()
     named = [(name, name) for name in weights.stored] + list(weights.aliases.items())
-    for name, target in named:
-        match = PREFIX.match(name)
-        prefix = match[0] if match else ""
+    wrapped = [(match[0] if (match := PREFIX.match(name)) else "") for name, _ in named]
+    signatures = [re.compile(rf"{re.escape(TRAINER)}({arch.layout().signature})") for arch in REGISTRY.values()]
+    bare_names = [name[len(prefix) :] for (name, _), prefix in zip(named, wrapped, strict=True)]
+    trainer = any(signature.fullmatch(name) for signature in signatures for name in bare_names)
+    for (name, target), prefix in zip(named, wrapped, strict=True):
+        if trainer and name.startswith(TRAINER, len(prefix)):
+            prefix += TRAINER
         bare = name[len(prefix) :]
         if bare in tensors:
             raise ValueError(

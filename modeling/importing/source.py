@@ -17,8 +17,10 @@ INDEX = (".safetensors.index.json", ".bin.index.json")
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 PART = re.compile(r".*-of-\d+\.(safetensors|bin|pt|pth)")
 BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-          "tokenizer_manifest.json", "chat_template.jinja")  # fmt: skip
+          "tokenizer_manifest.json", "chat_template.jinja", "vocab.json", "merges.txt")  # fmt: skip
 LARGEST_JSON = 64 * 2**20
+# Configurations have a few dozen values, two or three deep.
+DEEPEST, MOST_VALUES = 20, 100_000
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,11 @@ def open_source(path: Path, name: str | None = None) -> Source:
     if weights.config is not None:
         if not isinstance(weights.config, dict) or not all(isinstance(key, str) for key in weights.config):
             raise ValueError(f"{weights.files[0]}: 'config' is no dictionary of settings")
+        _check_plain(weights.config, f"the configuration in {weights.files[0]}")
         return Source(name or str(path), folder, weights, weights.config, f"in {weights.files[0].name}")
     beside = folder / "config.json"
     config = read_json(beside) if beside.exists() else None
+    _check_plain(config or {}, str(beside))
     return Source(name or str(path), folder, weights, config, "config.json" if config is not None else "none")
 
 
@@ -87,12 +91,49 @@ def choose(names: Iterable[str], where: str) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"{where} holds several weight files, name the one you mean: {', '.join(found[:20])}")
+        raise ValueError(
+            f"{where} holds several weight files, name the one you mean: {', '.join(found[:20])} "
+            f"(such as {where}/{found[0]})"
+        )
     if adapters:
         raise ValueError(f"{where} holds a LoRA adapter ({adapters[0]}), not a model: import the model it belongs to")
     if parts := sorted(n for n in names if PART.fullmatch(n)):
         raise ValueError(f"{where} holds parts of weights ({parts[0]}), but not the index that names them all")
     raise ValueError(f"{where} holds no weights (no file that ends in {', '.join(SUFFIXES)})")
+
+
+def _check_plain(config: dict[str, Any], where: str) -> None:
+    """Whatever reads a configuration later may rely on its values being what JSON has, and on their depth.
+
+    Raises:
+        ValueError: a value is a tensor or another object, or there are too many or too deep ones.
+    """
+    count = 0
+
+    def check(value: Any, setting: str, depth: int) -> None:
+        nonlocal count
+        count += 1  # a pickle may hold one list many times, so that few bytes are values without end
+        if depth > DEEPEST or count > MOST_VALUES:
+            raise ValueError(
+                f"{where}: {setting!r} is nested too deeply or has too many values to be a setting; correct it or "
+                "remove it from the configuration"
+            )
+        if isinstance(value, dict):
+            if not all(isinstance(key, str) for key in value):
+                raise ValueError(f"{where}: {setting!r} has keys that are no strings; remove it from the configuration")
+            value = value.values()
+        elif not isinstance(value, list | tuple):
+            if value is None or isinstance(value, bool | int | float | str):
+                return
+            raise ValueError(
+                f"{where}: {setting!r} holds a {type(value).__name__}, and settings are numbers, strings, true or "
+                "false, lists and dictionaries of these; correct it or remove it from the configuration"
+            )
+        for item in value:
+            check(item, setting, depth + 1)
+
+    for name, value in config.items():
+        check(value, name[:80], 1)
 
 
 def read_weights(path: Path) -> Weights:

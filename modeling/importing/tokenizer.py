@@ -33,27 +33,34 @@ def choose(wanted: str | None, folder: Path, layout: Layout, vocab_size: int, ma
         return Chosen(None, "none, as asked")
     if wanted is not None:
         path = Path(wanted)
-        tokenizer = _read(path) if path.exists() else _encoding(wanted, max_length)
+        tokenizer = _read(path) if path.exists() else _encoding(wanted, "--tokenizer", max_length)
         if (tokens := _tokens(tokenizer)) > vocab_size:
             raise ValueError(
                 f"the tokenizer {wanted} has {tokens} tokens, the model's vocabulary {vocab_size}: it was trained with "
                 "another one. Name that one, or import without: --tokenizer none"
             )
         return Chosen(_bounded(tokenizer, max_length), wanted)
+    unread = None
     if (folder / "tokenizer.json").exists():
         tokenizer, origin = _read(folder), "tokenizer.json of the source"
     else:
         encoding, origin = named(folder)
+        file = folder / origin
+        if encoding is None and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            unread = (
+                "vocab.json and merges.txt are a tokenizer in a form that is not read: make a tokenizer.json of them "
+                "(transformers' AutoTokenizer, load and save), and give it with --tokenizer"
+            )
         if encoding is None:
             encoding, origin = layout.tokenizers.get(vocab_size), f"what published models of {vocab_size} tokens use"
         if encoding is None:
             return Chosen(
                 None,
                 f"none: nothing tells which tokenizer a vocabulary of {vocab_size} belongs to",
-                "no tokenizer: requests can only be made of token ids; give one with --tokenizer",
+                unread or "no tokenizer: requests can only be made of token ids; give one with --tokenizer",
             )
         try:
-            tokenizer, origin = _encoding(encoding, max_length), f"{encoding} ({origin})"
+            tokenizer, origin = _encoding(encoding, str(file), max_length), f"{encoding} ({origin})"
         except ValueError as e:
             raise ValueError(f"{str(e).rstrip('.')}. To import without a tokenizer: --tokenizer none") from None
     if (tokens := _tokens(tokenizer)) > vocab_size:
@@ -62,7 +69,7 @@ def choose(wanted: str | None, folder: Path, layout: Layout, vocab_size: int, ma
             "with --tokenizer"
         )
         return Chosen(None, "none: the one found does not fit", warning)
-    return Chosen(_bounded(tokenizer, max_length), origin)
+    return Chosen(_bounded(tokenizer, max_length), origin, unread)
 
 
 def named(folder: Path) -> tuple[str | None, str]:
@@ -81,7 +88,11 @@ def named(folder: Path) -> tuple[str | None, str]:
 
 
 def _read(path: Path) -> Any:
-    """A tokenizer.json, or that of a folder with its chat template."""
+    """A tokenizer.json, or that of a folder with its chat template.
+
+    Without a template, prompts are text and nothing else: what looks like a special token is text. With one they stay
+    special tokens, for the template writes them.
+    """
     from transformers import PreTrainedTokenizerFast
 
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -89,18 +100,28 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} has no tokenizer.json")
     try:
         if path.is_dir():
-            return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-        return PreTrainedTokenizerFast(tokenizer_file=str(file))
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        else:
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
     except Exception as e:  # the library raises plain exceptions
         raise ValueError(
             f"{file} is no tokenizer of Hugging Face's tokenizers ({' '.join(str(e).split())[:200]}); give another "
             "with --tokenizer"
         ) from None
+    if not tokenizer.chat_template:
+        tokenizer.split_special_tokens = True
+        tokenizer.init_kwargs["split_special_tokens"] = True  # what is saved
+    return tokenizer
 
 
-def _encoding(name: str, max_length: int) -> Any:
+def _encoding(name: str, where: str, max_length: int) -> Any:
     import tiktoken
 
+    if name not in tiktoken.list_encoding_names() and where != "--tokenizer":
+        raise ValueError(
+            f"{where} names the encoding {name[:80]!r}, which tiktoken does not have "
+            f"({', '.join(tiktoken.list_encoding_names())}); give one of these with --tokenizer"
+        )
     if name not in tiktoken.list_encoding_names():
         raise ValueError(
             f"--tokenizer {name} is neither a file or folder nor an encoding of tiktoken "

@@ -40,7 +40,7 @@ def write(path: Path, targets: list[Target], progress: Callable[[int], object] =
 
     Raises:
         ValueError: an element is no finite number.
-        OSError: the disk is full.
+        OSError: the disk is full; see :func:`explained`.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -50,18 +50,15 @@ def write(path: Path, targets: list[Target], progress: Callable[[int], object] =
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors begin at a multiple of 8
-    try:
-        with path.open("wb") as f:
-            f.write(struct.pack("<Q", len(text)) + text)
-            for target in targets:
-                rows = target.shape[0]
-                for piece in pieces(target.source, target.first_row, target.first_row + rows):
-                    f.write(piece.numpy().data.cast("B"))
-                    progress(piece.numel() * FLOAT32)
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError as e:
-        raise explained(e, path.parent.parent, size(targets)) from None
+    with path.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for target in targets:
+            rows = target.shape[0]
+            for piece in pieces(target.source, target.first_row, target.first_row + rows):
+                f.write(piece.numpy().data.cast("B"))
+                progress(piece.numel() * FLOAT32)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def explained(error: OSError, folder: Path, needed: int) -> OSError:

@@ -1,5 +1,6 @@
 """The layout of published MedAssistGPT files: training checkpoints and uploads of kunjcr2's trainer."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,24 +70,26 @@ def settle(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(config: Any, read: Read) -> None:
-    """Compares the file's rotary tables with those that the configuration leads to."""
+    """Compares every layer's rotary tables with those that the configuration leads to."""
     import torch
 
     from modeling.layers.rope import inverse_frequencies
 
     theta = config.rope_parameters["rope_theta"]
-    for letter, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
-        name = f"blocks.0.attn.rope_{letter}.div_term"
-        table, positions = read(name), read(f"blocks.0.attn.rope_{letter}.position_ids")
+    kinds = (("q", config.num_attention_heads), ("k", config.num_key_value_heads))
+    wanted = {letter: inverse_frequencies(heads * config.head_dim, theta) for letter, heads in kinds}
+    for layer, (letter, heads) in itertools.product(range(config.num_hidden_layers), kinds):
+        rope = f"blocks.{layer}.attn.rope_{letter}"
+        name, want = f"{rope}.div_term", wanted[letter]
+        table, positions = read(name), read(f"{rope}.position_ids")
         if positions is not None and positions.ndim and positions.shape[0] != config.max_position_embeddings:
             raise ValueError(
-                f"blocks.0.attn.rope_{letter}.position_ids has {positions.shape[0]} rows, but max_position_embeddings "
+                f"{rope}.position_ids has {positions.shape[0]} rows, but max_position_embeddings "
                 f"(max_len) is {config.max_position_embeddings}: the model was trained for as many positions as the "
                 f"table has; give it with --set max_position_embeddings={positions.shape[0]}"
             )
         if table is None or config.rope_layout != "flattened":
             continue
-        want = inverse_frequencies(heads * config.head_dim, theta)
         # Loose, for tables that were rounded to 16 bits; another base is off by far more.
         if table.shape != want.shape or not torch.allclose(table.float(), want, rtol=0.02, atol=0):
             raise ValueError(
@@ -118,6 +121,7 @@ LAYOUT = Layout(
         "num_attention_heads": "the number of query heads (n_heads); the published models have 8, 16 or 32",
         "max_position_embeddings": "the longest sequence (max_len); the published models have 1024",
     },
+    derived={"num_key_value_heads": "num_attention_heads"},
     defaults={"rms_norm_eps": 1e-5, "rope_layout": "flattened"},
     tokenizers={50281: "p50k_base", 50257: "gpt2"},
 )  # fmt: skip

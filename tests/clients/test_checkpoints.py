@@ -34,6 +34,23 @@ def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str,
     }
 
 
+def test_what_a_terminal_would_obey_is_printed_as_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = published.medassist(SIZES) | {"\x1b[2J\u202eblocks.9": torch.ones(1)}
+    source = published.write_folder(tmp_path / "s", state, published.native(SIZES, **{"\x1b]0;x\x07": 1}))
+    _, shown, _ = run(capsys, "inspect", source)
+    code, _, refusal = run(capsys, "import", source, "--out", tmp_path / "out", "--tokenizer", "none")
+    assert code == 2
+    sound = published.write_folder(tmp_path / "t", published.medassist(SIZES), published.native(SIZES))
+    config = json.loads((sound / "config.json").read_text()) | {"model_type": "\x1b[31mred"}
+    published.write_json(sound / "config.json", config)
+    code, out, warned = run(capsys, "import", sound, "--out", tmp_path / "out", "--tokenizer", "none")
+    assert code == 0
+    for text, escaped in ((shown, r"\x1b[2J\u202eblocks.9"), (refusal, r"\x1b[2J"), (warned, r"\x1b[31mred")):
+        assert escaped in text
+        assert all(line.isprintable() for line in text.split("\n"))
+    assert out.isascii()
+
+
 def test_models_lists_every_preset_with_its_true_size(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "models")
     assert code == 0

@@ -47,6 +47,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         "kunjcr2/several": Repository({"main": several}),
         "kunjcr2/card": Repository({"main": card}),
         "kunjcr2/broken": Repository({"main": card}, fault=500),
+        "kunjcr2/strange": Repository({"main": card}, fault=200),
     }
     with serve(Hub(repositories)) as hub:
         yield hub
@@ -123,14 +124,16 @@ def session(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Session:
         ("kunjcr2/private", "wrong", "hf_wrong"),
         ("kunjcr2/nothing", "nothing", ""), (f"{published_id} --revision v9", "no-revision", ""),
         ("kunjcr2/several", "several", ""), ("kunjcr2/card", "card", ""), ("kunjcr2/a..b", "name", ""),
-        ("kunjcr2/broken", "broken", ""),
+        ("kunjcr2/broken", "broken", ""), ("kunjcr2/strange", "strange", ""),
+        ("kunjcr2/several/b.pt", "chosen", ""), ("kunjcr2/several/c.pt", "absent", ""),
     ]  # fmt: skip
     online = run(hub.address, home, [(source, folder / name, token) for source, name, token in work])
     main = f"GET {published_id}/resolve/{hub.repositories[published_id].commit('main')}/"
     fetched = {request.removeprefix(main) for request in hub.requests if request.startswith(main)}
     hub.requests.clear()
     offline = run(
-        hub.address, home, [(published_id, folder / "offline", ""), ("kunjcr2/other", folder / "offline-unknown", "")],
+        hub.address, home, [(published_id, folder / "offline", ""), ("kunjcr2/other", folder / "offline-unknown", ""),
+         ("kunjcr2/several/b.pt", folder / "offline-chosen", "")],
         HF_HUB_OFFLINE="1",
     )  # fmt: skip
     requests = list(hub.requests)
@@ -152,6 +155,11 @@ def test_cached_repository_is_imported_without_the_hub(session: Session) -> None
     assert session.offline_requests == []
 
 
+def test_one_of_several_weight_files_is_chosen_by_its_name(session: Session) -> None:
+    session.assert_imported("chosen", NEW)
+    session.assert_imported("offline-chosen", NEW)
+
+
 def test_revision_shards_and_token_are_honoured(session: Session) -> None:
     session.assert_imported("revision", OLD)
     session.assert_imported("shards", NEW)
@@ -163,7 +171,9 @@ def test_revision_shards_and_token_are_honoured(session: Session) -> None:
     ("name", "message"),
     [
         ("closed", "private.*HF_TOKEN"), ("wrong", "private.*HF_TOKEN"), ("nothing", "no such repository"),
-        ("no-revision", "no such revision"), ("several", r"a\.pt, b\.pt"), ("card", "no weights"),
+        ("no-revision", "no such revision"), ("several", r"a\.pt, b\.pt \(such as kunjcr2/several/a\.pt\)"),
+        ("absent", r"has no file c\.pt; it has a\.pt, b\.pt"), ("strange", "its client fails with KeyError"),
+        ("card", "no weights"),
         ("name", r"kunjcr2/a\.\.b"), ("broken", "status 500"), ("offline-unknown", "HF_HUB_OFFLINE"),
         ("dead-unknown", "does not answer"),
     ],
@@ -175,4 +185,7 @@ def test_what_cannot_be_fetched_is_one_paragraph(name: str, message: str, sessio
 
 def test_names_of_repositories_are_told_from_paths() -> None:
     assert all(map(is_repository, ("kunjcr2/MedAssistGPT", "a/b", "kunjcr2/MedAssist-GPT-401M", "x.y/z_1")))
+    assert is_repository("kunjcr2/MedAssistGPT/step_17000.pt")
+    # The last is a path with a mistake: there is such a folder here.
+    assert not any(map(is_repository, ("a/b/c/d.pt", "a/b/config.json", "../b/c.pt", "tests/nothing/c.pt")))
     assert not any(map(is_repository, ("gpt2", "runs/step.pt", "a/b/c", "/a", "a/", "../a", "a/b.safetensors", "")))

@@ -1,7 +1,10 @@
 """Published files become checkpoints of ours that compute the published models' numbers."""
 
+import copy
+import fcntl
 import json
 import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling import registry
 from modeling.importing import import_checkpoint
+from modeling.importing.importer import staging
 from serving.fingerprint import verify_files
 from tests.modeling.importing import published
 from tests.modeling.importing.published import Sizes, State
@@ -231,9 +235,37 @@ def test_gpt_has_as_many_positions_as_were_trained(buffers: bool, tmp_path: Path
 
 def test_without_a_configuration_the_head_count_is_asked_for(state: State, want: torch.Tensor, tmp_path: Path) -> None:
     path = published.write_folder(tmp_path / "s", published.prefixed(state), None, "weights.bin") / "weights.bin"
-    with pytest.raises(ValueError, match=r"--set num_attention_heads=\.\.\."):
+    with pytest.raises(ValueError, match=r"--set num_attention_heads=\.\.\.") as refusal:
         import_checkpoint(path, tmp_path / "out", tokenizer="none")
-    check(path, tmp_path / "out", want, {"n_heads": SIZES.heads})
+    assert str(refusal.value).count("--set") == 1
+    assert "num_key_value_heads" not in str(refusal.value)
+    result = check(path, tmp_path / "out", want, {"n_heads": SIZES.heads})
+    assert (result.config.num_key_value_heads, result.origins["num_key_value_heads"]) == (SIZES.kv, "the tensors")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod._orig_mod.", "module._orig_mod.module.", "model.", "_orig_mod.model.",
+                                    "model.module."])  # fmt: skip
+def test_prefixes_of_wrappers_in_wrappers_are_taken_off(
+    prefix: str, state: State, want: torch.Tensor, tmp_path: Path
+) -> None:
+    source = published.write_folder(tmp_path / "s", published.prefixed(state, prefix), published.native(SIZES))
+    assert check(source, tmp_path / "out", want).model_type == "medassist_gpt"
+
+
+def test_configuration_of_a_training_dictionary_may_be_called_model_config(
+    state: State, want: torch.Tensor, tmp_path: Path
+) -> None:
+    config = published.native(SIZES) | {"eos_token_id": (3, SIZES.vocab)}
+    path = published.write_training_dictionary(tmp_path / "step.pt", state, None, model_config=config)
+    assert check(path, tmp_path / "out", want).config.eos_token_id == [3]
+
+
+def test_gpt_configuration_in_the_names_of_gpt2(tmp_path: Path) -> None:
+    sizes = replace(SIZES, d=15, heads=3, layers=2)
+    state = published.gpt(sizes)
+    config = dict(vocab_size=sizes.vocab, n_embd=15, n_head=3, n_layer=2, n_positions=sizes.ctx, n_ctx=sizes.ctx)
+    source = published.write_folder(tmp_path / "s", state, config, "GPT2.pth")
+    assert check(source, tmp_path / "out", published.gpt_logits(state, sizes, IDS, False)).warnings == ()
 
 
 def test_rotary_base_is_what_the_files_table_says(tmp_path: Path) -> None:
@@ -300,14 +332,73 @@ def test_tokenizer_that_does_not_fit_is_refused_if_asked_for_and_left_out_if_fou
 def test_empty_directory_is_filled_and_left_overs_of_dead_imports_are_removed(state: State, tmp_path: Path) -> None:
     source = published.write_folder(tmp_path / "s", state, published.hugging(SIZES))
     (tmp_path / "out").mkdir()
-    dead, alive, other = (
-        tmp_path / f".{n}" for n in ("out.partial-4194999", f"out.partial-{os.getppid()}", "x.partial-4194999")
-    )
-    for folder in (dead, alive, other):
-        folder.mkdir()
-    import_checkpoint(source, tmp_path / "out", tokenizer="none")
+    names = ("out.partial-dead", f"out.partial-{os.getpid()}", "out.partial-alive", "x.partial-dead")
+    dead, same_process, alive, other = folders = [tmp_path / f".{name}" for name in names]
+    for folder in folders:
+        (folder / "checkpoint").mkdir(parents=True)
+        (folder / "lock").touch()
+    with (alive / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        import_checkpoint(source, tmp_path / "out", tokenizer="none")
     assert (tmp_path / "out/model.safetensors").exists()
-    assert (dead.exists(), alive.exists(), other.exists()) == (False, True, True)
+    assert [folder.exists() for folder in (dead, same_process, alive, other)] == [False, False, True, True]
+
+
+def test_folders_of_imports_that_are_starting_are_left_alone_for_a_minute(tmp_path: Path) -> None:
+    starting, old = tmp_path / ".out.partial-a", tmp_path / ".out.partial-b"
+    for folder in (starting, old):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    with staging(tmp_path / "out"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial-a", "out"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_imports_of_one_name_do_not_meet_and_directories_have_the_usual_mode(mask: int, tmp_path: Path) -> None:
+    def twice() -> None:
+        with staging(tmp_path / "out") as first:
+            (first / "a").touch()
+            with staging(tmp_path / "out") as second:
+                (second / "b").touch()
+
+    before = os.umask(mask)
+    try:
+        with pytest.raises(ValueError, match="appeared"):
+            twice()
+    finally:
+        os.umask(before)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["b"]
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~mask
+
+
+@pytest.mark.parametrize("given", ["source", "file", "folder"])
+@pytest.mark.parametrize("template", [None, "{{ messages }}"])
+def test_special_tokens_in_prompts_are_text_unless_there_is_a_chat_template(
+    given: str, template: str | None, tokenizer: Any, tmp_path: Path
+) -> None:
+    sizes = Sizes(vocab=300, d=8, heads=2, kv=1, ff=8, layers=1)
+    source = published.write_folder(tmp_path / "s", published.medassist(sizes), published.hugging(sizes))
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    folder = source if given == "source" else tmp_path / "other"
+    changed.save_pretrained(folder)
+    wanted = {"source": None, "file": str(folder / "tokenizer.json"), "folder": str(folder)}[given]
+    import_checkpoint(source, tmp_path / "out", tokenizer=wanted)
+    copied = AutoTokenizer.from_pretrained(tmp_path / "out")
+    special = tokenizer.all_special_tokens[0]
+    ids = copied(f"a {special} b", add_special_tokens=False)["input_ids"]
+    kept = template is not None and given != "file"  # the file alone has no template
+    assert (copied.convert_tokens_to_ids(special) in ids) == kept
+
+
+def test_a_tokenizer_that_is_not_read_is_mentioned(state: State, tmp_path: Path) -> None:
+    source = published.write_folder(tmp_path / "s", state, published.hugging(SIZES))
+    for name in ("vocab.json", "merges.txt"):
+        (source / name).write_text("{}")
+    result = import_checkpoint(source, tmp_path / "out")
+    assert [w for w in result.warnings if "vocab.json and merges.txt" in w]
 
 
 def test_file_of_the_standard_name_is_preferred_and_others_must_be_chosen(
