@@ -1,5 +1,6 @@
 """The commands about models on disk: ``medassist import``, ``medassist models`` and ``medassist inspect``."""
 
+import re
 import signal
 import sys
 from pathlib import Path
@@ -77,9 +78,22 @@ def inspect(
         from modeling.importing.describe import describe
 
     lines = describe(path, parse_settings(sets)).lines
+    folder = path if path.is_dir() else path.parent
+    if (folder / "fingerprint.json").exists():
+        lines.append(("fingerprint", _fingerprint(folder)))
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         _print(f"{label:{width}}  {' '.join(text.split())}")
+
+
+def _fingerprint(folder: Path) -> str:
+    from serving import fingerprint
+
+    try:
+        fingerprint.verify_files(folder)
+    except (ValueError, TypeError, AttributeError) as e:
+        return f"does not hold: {re.sub(r'^.*?: ', '', str(e), count=1)}"
+    return "holds: weights and tokenizer are the ones that were fingerprinted"
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

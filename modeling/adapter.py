@@ -21,7 +21,7 @@ PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 # Linear layers' matrices end in ".weight"; those of embeddings do not.
-_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|(?P<embedding>embedding_)(?P<other>[AB]))")
+_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|(?P<embedding>embedding_)[AB])")
 _LONGEST_HEADER = 100 * 2**20  # bytes, as in the safetensors library
 
 # Settings of PEFT under which an adapter computes something else than the formula above, and what they mean.
@@ -190,7 +190,7 @@ def _pairs(
         _check_module(path, name, module, matrices)
         if found["embedding"]:
             raise ValueError(f"{path}: {name} is not how PEFT lays out an adapter of {module}")
-        sides.setdefault(module, {})[found["side"] or found["other"]] = name
+        sides.setdefault(module, {})[found["side"]] = name
     if not sides:
         raise ValueError(f"{path} holds no tensors")
     for module, pair in sides.items():
@@ -270,7 +270,7 @@ def _check_shapes(
     # As in PEFT: the first pattern that matches the name, or its end after a dot.
     patterns = config.get("rank_pattern") or {}
     rank = next((r for p, r in patterns.items() if _matches(rf"(.*\.)?({p})", module)), config["r"])
-    out, columns = weight if module != EMBEDDING else weight[::-1]
+    out, columns = weight
     if a.shape != (rank, columns) or b.shape != (out, rank):
         raise ValueError(
             f"{directory / WEIGHTS}: the matrices of {module} are A {a.shape} and B {b.shape}; at rank {rank} "

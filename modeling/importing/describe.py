@@ -1,7 +1,6 @@
 """``medassist inspect``: what a file or directory holds, and what an import of it would need."""
 
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,8 +54,6 @@ def describe(path: Path, settings: dict[str, Any] | None = None) -> Description:
         return result
     result.add("architecture", f"{found.arch.model_type}, {'our own' if found.ours else 'its published'} tensor names")
     _describe_model(result, source, found, settings or {})
-    if (source.folder / "fingerprint.json").exists():
-        result.add("fingerprint", _fingerprint(source.folder))
     return result
 
 
@@ -99,14 +96,3 @@ def _tokenizer(source: Source, found: Recognised, vocab_size: int) -> str:
     if encoding := found.layout.tokenizers.get(vocab_size):
         return f"none; published models of {vocab_size} tokens use tiktoken's {encoding}"
     return "none; give one with --tokenizer, or import without (--tokenizer none)"
-
-
-def _fingerprint(folder: Path) -> str:
-    # Reading files alone: neither the engine nor the gateway is loaded.
-    from serving import fingerprint
-
-    try:
-        fingerprint.verify_files(folder)
-    except (ValueError, TypeError, AttributeError) as e:
-        return f"does not hold: {re.sub(r'^.*?: ', '', str(e), count=1)}"
-    return "holds: weights and tokenizer are the ones that were fingerprinted"
