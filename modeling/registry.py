@@ -10,6 +10,7 @@ What belongs to an architecture lies in its folder under names that are the same
     model.py       the trainable torch module
     vllm_model.py  the vLLM class
     vllm_config.py (where needed) ConfigUpdate: what the architecture changes in vLLM's settings
+    vllm_plugin.py (where needed) register(): what vLLM must be told besides its class, in each process
     published.py   LAYOUT: tensor names and configurations of files published by others (modeling.importing.layout)
     reference.py   REFERENCE: what the architecture is checked against (modeling.reference)
     README.md      the card
@@ -48,6 +49,11 @@ class Architecture:
             return None
         return load(f"{self.package}.vllm_config:ConfigUpdate")
 
+    def register_with_vllm(self) -> None:
+        """Calls its ``vllm_plugin.register``, if it has one."""
+        if importlib.util.find_spec(f"{self.package}.vllm_plugin") is not None:
+            load(f"{self.package}.vllm_plugin:register")()
+
     def config_class(self) -> Any:
         return load(f"{self.package}.config:{self.config_name}")
 
@@ -76,6 +82,9 @@ REGISTRY: dict[str, Architecture] = {
         Architecture("modeling.gatorgpt", "gatorgpt", "GatorGPTForCausalLM", "GatorGPTConfig"),
         Architecture("modeling.gpt", "gpt", "GPTForCausalLM", "GPTConfig"),
         Architecture("modeling.tinymorfer", "tinymorfer", "TinymorferForCausalLM", "TinymorferConfig"),
+        Architecture(
+            "modeling.deepseek", "medassist_deepseek", "MedAssistDeepseekForCausalLM", "MedAssistDeepseekConfig"
+        ),
     )
 }
 

@@ -31,6 +31,7 @@ def register() -> None:
             ModelRegistry.register_model(arch.hf_name, arch.vllm_model)
         if (update := arch.vllm_config()) is not None:
             MODELS_CONFIG_MAP[arch.hf_name] = update
+        arch.register_with_vllm()
 
 
 def die_with_parent() -> None:

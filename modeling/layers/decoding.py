@@ -12,6 +12,8 @@ from transformers import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from modeling.layers.objective import LanguageModelObjective
+
 
 class Step(NamedTuple):
     """One forward pass: ``positions`` (B or 1, T); ``mask`` None or (B, 1, T, S), true where a token is seen."""
@@ -83,15 +85,12 @@ def check_length(config: Any, length: int) -> None:
         )
 
 
-class CausalLMHead:
-    """``forward`` of a ``PreTrainedModel`` with a ``model`` (the body) and an ``lm_head``.
+class CausalLMHead(LanguageModelObjective):
+    """``forward`` and training objective of a ``PreTrainedModel`` with a ``model`` (the body) and an ``lm_head``.
 
     It takes ``input_ids`` (B, T), optionally ``attention_mask`` (B, S), ``position_ids`` (B, T), a cache and ``labels``
     (B, T; -100 is ignored; shifted here), and returns logits (B, T, V).
     """
-
-    model: Any
-    lm_head: Any
 
     def forward(
         self,

@@ -86,7 +86,8 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return "-".join([self.arch.model_type, *(f"{k}={v}" for k, v in self.changes.items())])
+        values = {k: v.get("rope_type") if isinstance(v, dict) else v for k, v in self.changes.items()}
+        return "-".join([self.arch.model_type, *(f"{k}={v}" for k, v in values.items())])
 
     @property
     def causal(self) -> bool:

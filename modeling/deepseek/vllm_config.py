@@ -1,0 +1,66 @@
+"""What a DeepSeek-style model refuses, by name, when vLLM builds its configuration."""
+
+from typing import Any
+
+
+class ConfigUpdate:
+    """Has the interface of vLLM's ``VerifyAndUpdateConfig``."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Nothing to do: sizes and dtype are the checkpoint's."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Checks that the sizes can be shared by the ranks and fit vLLM's kernels.
+
+        Raises:
+            ValueError: they do not; the message names the fields.
+        """
+        from vllm.platforms import current_platform
+
+        parallel = vllm_config.parallel_config
+        check_ranks(
+            vllm_config.model_config.hf_config.to_dict(),
+            parallel.tensor_parallel_size,
+            parallel.tensor_parallel_size * parallel.data_parallel_size if parallel.enable_expert_parallel else 1,
+        )
+        check_kernels(vllm_config.model_config.hf_config.to_dict(), current_platform.is_cpu())
+        if vllm_config.lora_config is not None:
+            raise ValueError("LoRA adapters are not served for models with latent attention; merge the adapter")
+
+
+def check_ranks(config: dict[str, Any], tensor_parallel: int, expert_parallel: int = 1) -> None:
+    """Whether ranks divide a model; ``expert_parallel`` 1: experts are split like dense layers.
+
+    Raises:
+        ValueError: the message names the field and the number of ranks.
+    """
+    shared = (config.get("n_shared_experts") or 0) * config["moe_intermediate_size"]
+    sizes = {
+        "num_attention_heads": config["num_attention_heads"],
+        "intermediate_size": config["intermediate_size"],
+        "n_shared_experts * moe_intermediate_size": shared,
+    }
+    if expert_parallel == 1:
+        sizes["moe_intermediate_size"] = config["moe_intermediate_size"]
+    for name, size in sizes.items():
+        if size % tensor_parallel:
+            raise ValueError(f"{name} ({size}) cannot be shared by {tensor_parallel} tensor-parallel ranks")
+    if config["n_routed_experts"] % expert_parallel:
+        raise ValueError(
+            f"n_routed_experts ({config['n_routed_experts']}) cannot be shared by {expert_parallel} expert-parallel "
+            "ranks"
+        )
+
+
+def check_kernels(config: dict[str, Any], on_cpu: bool) -> None:
+    """Whether vLLM has kernels for the sizes.
+
+    Raises:
+        ValueError: the message names the field.
+    """
+    if on_cpu and config["hidden_size"] % 32:
+        raise ValueError(
+            f"hidden_size ({config['hidden_size']}) must be a multiple of 32: vLLM's expert kernels for CPUs take no other"
+        )
