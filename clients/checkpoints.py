@@ -64,8 +64,8 @@ def models() -> None:
         from modeling.registry import REGISTRY
 
         rows = [row for arch in REGISTRY.values() for row in _preset_rows(arch)]
-    _print_table(("architecture", "preset", "parameters", "layers", "width", "heads", "kv", "head size", "vocabulary",
-                  "context", "what it is"), rows)  # fmt: skip
+    _print_table(("architecture", "preset", "parameters", "active", "layers", "width", "heads", "kv", "head size",
+                  "vocabulary", "context", "what it is"), rows)  # fmt: skip
 
 
 def inspect(
@@ -129,11 +129,13 @@ def _preset_rows(arch: Any) -> list[tuple[str, ...]]:
         config = preset()
         with torch.device("meta"):
             model = arch.model_class()(config)
-        parameters = sum(p.numel() for p in model.parameters())  # a tied head is one with the embedding
+        elements = {n: p.numel() for n, p in model.named_parameters()}  # a tied head is one with the embedding
+        parameters = sum(elements.values())
+        active = config.active_parameters(elements) if hasattr(config, "active_parameters") else parameters
         what = (preset.__doc__ or "").strip().partition("\n")[0].replace("`", "")
         rows.append((
-            arch.model_type, name, f"{parameters:,}", str(config.num_hidden_layers), str(config.hidden_size),
-            str(config.num_attention_heads),
+            arch.model_type, name, f"{parameters:,}", f"{active:,}", str(config.num_hidden_layers),
+            str(config.hidden_size), str(config.num_attention_heads),
             str(getattr(config, "num_key_value_heads", config.num_attention_heads)), str(config.head_dim),
             str(config.vocab_size), str(config.max_position_embeddings), what,
         ))  # fmt: skip

@@ -67,6 +67,9 @@ def serve(
     pipeline_parallel_size: Annotated[
         int, typer.Option("--pipeline-parallel-size", "--pp", min=1, help="Stages that the layers are split into.")
     ] = 1,
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", "--ep", help="Ranks hold whole experts instead of parts of all.")
+    ] = False,
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="[MODEL:]NAME=DIR", help="A LoRA adapter, served as a model of its own name; repeatable."),
@@ -74,7 +77,8 @@ def serve(
     speculative: Annotated[
         str | None,
         typer.Option(
-            metavar="ngram|DIR", help="Drafts by repeated text, or by a smaller checkpoint of the vocabulary."
+            metavar="ngram|mtp|DIR",
+            help="Drafts by repeated text, the model's own multi-token prediction, or a smaller checkpoint.",
         ),
     ] = None,
     speculative_tokens: Annotated[int, typer.Option(min=1, help="Tokens drafted at a time.")] = 4,
@@ -103,6 +107,7 @@ def serve(
         log_dir=log_dir,
         tensor_parallel=tensor_parallel_size,
         pipeline_parallel=pipeline_parallel_size,
+        expert_parallel=expert_parallel,
         adapters=tuple(lora or ()),
         speculative=speculative,
         speculative_tokens=speculative_tokens,

@@ -31,12 +31,14 @@ class Architecture:
         model_type: ``model_type`` in ``config.json``; the key of Hugging Face's ``AutoConfig``.
         hf_name: name of the torch module and of the vLLM class; entry of ``architectures`` in ``config.json``.
         config_name: name of the configuration class.
+        no_adapters: why vLLM cannot serve LoRA adapters for it; empty: it can.
     """
 
     package: str
     model_type: str
     hf_name: str
     config_name: str
+    no_adapters: str = ""
 
     @property
     def vllm_model(self) -> str:
@@ -83,7 +85,11 @@ REGISTRY: dict[str, Architecture] = {
         Architecture("modeling.gpt", "gpt", "GPTForCausalLM", "GPTConfig"),
         Architecture("modeling.tinymorfer", "tinymorfer", "TinymorferForCausalLM", "TinymorferConfig"),
         Architecture(
-            "modeling.deepseek", "medassist_deepseek", "MedAssistDeepseekForCausalLM", "MedAssistDeepseekConfig"
+            "modeling.deepseek",
+            "medassist_deepseek",
+            "MedAssistDeepseekForCausalLM",
+            "MedAssistDeepseekConfig",
+            no_adapters="its keys and values are folded into other matrices when it is loaded",
         ),
     )
 }

@@ -48,6 +48,11 @@ STAGES = (
     ("Starting vLLM API server", "opening its socket"),
 )
 
+# What the engine says about its KV cache: bytes that a token takes on a rank, for the model and for layers that draft,
+# and how many tokens fit.
+CACHE_BYTES = re.compile(r"KV cache: (\d+) bytes a token( for drafting)?")
+CACHE_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
+
 # Lines of a log that name a fault: an exception, one of pydantic's (which it names a line below), argparse's.
 FAULT = re.compile(r"\b\w*(?:Error|Exception): .+|\bValue error, .*?(?= \[type=|$)|\berror: .+")
 # Exceptions that only report another one, logged before.
@@ -114,6 +119,7 @@ class Engine:
         self._process: asyncio.subprocess.Process | None = None
         self._log_end: deque[str] = deque(maxlen=400)
         self._reader: asyncio.Task[None] | None = None
+        self._cache: dict[str, str] = {}
         self._started_at = 0.0
         self._start_seconds = 30.0  # until one start has been measured
 
@@ -214,12 +220,15 @@ class Engine:
             raise
         self._start_seconds = time.monotonic() - self._started_at
         self.state = "ready"
+        if cache := self._cache_report():
+            self._report(cache)
         self._report(f"ready after {self._start_seconds:.1f} s ({found})")
 
     async def _spawn(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.socket.unlink()
         self._log_end.clear()
+        self._cache.clear()
         self._process = await asyncio.create_subprocess_exec(
             *self.command(),
             env=self.environment(),
@@ -248,6 +257,7 @@ class Engine:
                 if log:
                     log.write(line + "\n")
                     log.flush()
+                self._note_cache(line)
                 reached = next((name for marker, name in STAGES if marker in line), stage)
                 if reached != stage and self.state == "starting":
                     stage = reached
@@ -255,6 +265,20 @@ class Engine:
         finally:
             if log:
                 log.close()
+
+    def _note_cache(self, line: str) -> None:
+        if found := CACHE_TOKENS.search(line):
+            self._cache["tokens"] = found[1]
+        elif found := CACHE_BYTES.search(line):  # stages of a pipeline may differ
+            purpose = "drafting" if found[2] else "model"
+            self._cache[purpose] = str(max(int(found[1]), int(self._cache.get(purpose, 0))))
+
+    def _cache_report(self) -> str:
+        tokens, own, drafting = (self._cache.get(name) for name in ("tokens", "model", "drafting"))
+        if not tokens or not own:
+            return ""
+        extra = f" and {int(drafting):,} for drafting" if drafting else ""
+        return f"KV cache for {tokens} tokens, {int(own):,} bytes a token{extra}"
 
     async def _wait_until_healthy(self) -> None:
         assert self._process is not None

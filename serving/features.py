@@ -16,7 +16,7 @@ from modeling.adapter import Adapter
 from modeling.adapter import read as read_adapter
 from modeling.registry import REGISTRY
 
-NGRAM = "ngram"
+NGRAM, MTP = "ngram", "mtp"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 # The largest ranks that vLLM can be told to make room for.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -28,6 +28,7 @@ _OURS = {
     "--quantization": "--quantization", "-q": "--quantization", "--quantization-config": "--quantization",
     "--tensor-parallel-size": "--tensor-parallel-size", "-tp": "--tensor-parallel-size",
     "--pipeline-parallel-size": "--pipeline-parallel-size", "-pp": "--pipeline-parallel-size",
+    "--enable-expert-parallel": "--expert-parallel", "-ep": "--expert-parallel",
     "--speculative-config": "--speculative", "-sc": "--speculative", "--spec-method": "--speculative",
     "--spec-model": "--speculative", "--spec-tokens": "--speculative-tokens",
 }  # fmt: skip
@@ -57,7 +58,9 @@ class Features:
         tensor_parallel: ranks that share every layer.
         pipeline_parallel: stages of layers.
         adapters: LoRA adapters, by the names they are served under.
-        speculative: "ngram", or the directory of a smaller checkpoint that drafts; None: no speculation.
+        expert_parallel: each rank holds whole experts of a mixture, instead of a part of each.
+        speculative: "ngram", "mtp" (the model's own multi-token prediction), or the directory of a smaller checkpoint
+            that drafts; None: no speculation.
         speculative_tokens: drafted at a time.
         quantization: vLLM's name of a method that quantises the weights while they are loaded.
         vllm_args: further arguments of ``vllm serve``, after all of ours.
@@ -65,6 +68,7 @@ class Features:
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    expert_parallel: bool = False
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     speculative: str | Path | None = None
     speculative_tokens: int = 4
@@ -82,6 +86,8 @@ class Features:
             arguments += ["--tensor-parallel-size", str(self.tensor_parallel)]
         if self.pipeline_parallel > 1:
             arguments += ["--pipeline-parallel-size", str(self.pipeline_parallel)]
+        if self.expert_parallel:
+            arguments.append("--enable-expert-parallel")
         if on_cpu:
             arguments += ["--distributed-executor-backend", "mp" if self.ranks > 1 else "uni"]
         if self.adapters:
@@ -90,6 +96,8 @@ class Features:
             speculation: dict[str, Any] = {"num_speculative_tokens": self.speculative_tokens}
             if self.speculative == NGRAM:
                 speculation |= {"method": NGRAM, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+            elif self.speculative == MTP:
+                speculation |= {"method": MTP}
             else:
                 speculation |= {"method": "draft_model", "model": str(self.speculative)}
             arguments += ["--speculative-config", json.dumps(speculation)]
@@ -208,9 +216,17 @@ def check(model: str, checkpoint: Path, features: Features, on_cpu: bool, max_mo
         _check_bidirectional(model, features)
         notes.append(f"not causal: every new token computes its whole sequence again (up to {longest} positions)")
     _check_parallel(model, config, features, on_cpu)
+    if features.speculative == MTP and not config.get("num_nextn_predict_layers"):
+        raise ValueError(
+            f"--speculative mtp: {model} has no layer of multi-token prediction (num_nextn_predict_layers); use ngram or "
+            "the directory of a smaller checkpoint"
+        )
     if isinstance(features.speculative, Path):
         _check_draft(model, checkpoint, config, features.speculative, longest)
         _check_ranks(features.speculative.name, read_config(features.speculative), features.tensor_parallel)
+    why = REGISTRY[config["model_type"]].no_adapters if config.get("model_type") in REGISTRY else ""
+    if features.adapters and why:
+        raise ValueError(f"{model}: no adapters can be served for it: {why}. Merge {next(iter(features.adapters))}")
     for name, adapter in features.adapters.items():
         if adapter.rank > RANKS[-1]:
             raise ValueError(f"{name}: its rank is {adapter.rank}; vLLM serves up to {RANKS[-1]}")
@@ -262,7 +278,7 @@ def _check_bidirectional(model: str, features: Features) -> None:
 
 
 def _check_parallel(model: str, config: Mapping[str, Any], features: Features, on_cpu: bool) -> None:
-    _check_ranks(model, config, features.tensor_parallel)
+    _check_ranks(model, config, features.tensor_parallel, features.expert_parallel)
     stages = features.pipeline_parallel
     layers = config.get("num_hidden_layers", stages)
     if stages > layers:
@@ -274,7 +290,7 @@ def _check_parallel(model: str, config: Mapping[str, Any], features: Features, o
         )
 
 
-def _check_ranks(model: str, config: Mapping[str, Any], ranks: int) -> None:
+def _check_ranks(model: str, config: Mapping[str, Any], ranks: int, expert_parallel: bool = False) -> None:
     """Whether tensor-parallel ranks divide a model; vLLM splits a draft by as many as the model it drafts for."""
     heads = config.get("num_attention_heads", ranks)
     kv_heads = config.get("num_key_value_heads") or heads
@@ -282,14 +298,25 @@ def _check_ranks(model: str, config: Mapping[str, Any], ranks: int) -> None:
         raise ValueError(f"{model}: its {heads} attention heads cannot be shared by {ranks} tensor-parallel ranks")
     if kv_heads % ranks and ranks % kv_heads:
         raise ValueError(f"{model}: its {kv_heads} key/value heads cannot be shared by {ranks} tensor-parallel ranks")
-    width = config.get("intermediate_size") or 4 * config.get("hidden_size", ranks)
-    if width % ranks:
-        raise ValueError(f"{model}: its intermediate_size of {width} cannot be shared by {ranks} tensor-parallel ranks")
+    widths = {"intermediate_size": config.get("intermediate_size") or 4 * config.get("hidden_size", ranks)}
+    experts = config.get("n_routed_experts")
+    if experts:
+        width = config.get("moe_intermediate_size", ranks)
+        if expert_parallel and experts % ranks:
+            raise ValueError(f"{model}: its {experts} experts cannot be shared by {ranks} expert-parallel ranks")
+        if not expert_parallel:
+            widths["moe_intermediate_size"] = width
+        widths["n_shared_experts * moe_intermediate_size"] = (config.get("n_shared_experts") or 0) * width
+    elif expert_parallel:
+        raise ValueError(f"--expert-parallel: {model} has no experts")
+    for name, width in widths.items():
+        if width % ranks:
+            raise ValueError(f"{model}: its {name} of {width} cannot be shared by {ranks} tensor-parallel ranks")
 
 
 def _check_draft(model: str, checkpoint: Path, config: Mapping[str, Any], draft: Path, longest: int) -> None:
     if not (draft / "config.json").is_file():
-        raise ValueError(f"--speculative must be ngram or a checkpoint directory; {draft} has no config.json")
+        raise ValueError(f"--speculative must be ngram, mtp or a checkpoint directory; {draft} has no config.json")
     other = read_config(draft)
     if other.get("model_type") not in REGISTRY:
         raise ValueError(f"--speculative {draft}: unknown model_type {other.get('model_type')!r}")

@@ -65,7 +65,7 @@ def read(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise Mismatch(
             f"{directory} has no fingerprint.json, so nothing shows that the engine computes what was trained. "
-            "Write the directory with modeling.checkpoint.write, or record one with modeling.fingerprint.record"
+            f"`medassist import {directory} --out DIR` makes a directory that can be served, of files of others too"
         ) from None
     except (KeyError, TypeError, json.JSONDecodeError) as e:
         raise Mismatch(f"{path} is damaged: {e!r}") from e

@@ -19,7 +19,7 @@ import uvicorn
 
 from serving import fingerprint
 from serving.engine import Engine, EngineOptions, StartFailed, on_cpu
-from serving.features import NAME, NGRAM, Features, assign_adapters, check, default_dtype, split_arguments
+from serving.features import MTP, NAME, NGRAM, Features, assign_adapters, check, default_dtype, split_arguments
 from serving.gateway.app import Gateway
 
 logger = logging.getLogger("medassist")
@@ -38,8 +38,9 @@ class Options:
         kv_cache_gib: KV cache of each engine on CPUs, GiB. On GPUs vLLM takes what is free.
         drain_seconds: how long running requests may take to finish when the server is told to stop.
         tensor_parallel, pipeline_parallel: ranks that share each layer, and stages of layers, of each engine.
+        expert_parallel: ranks hold whole experts of a mixture, instead of a part of each.
         adapters: LoRA adapters, each ``NAME=DIRECTORY`` or ``MODEL:NAME=DIRECTORY``.
-        speculative: "ngram", or the directory of a checkpoint that drafts ``speculative_tokens`` tokens at a time.
+        speculative: "ngram", "mtp", or the directory of a checkpoint; drafts ``speculative_tokens`` tokens at a time.
         quantization: vLLM's name of a method that quantises weights while they are loaded.
         vllm_args: further arguments of ``vllm serve``, as in a shell.
         log_dir: folder for the engines' logs and ``engines.json`` (process ids and sockets); None: not kept.
@@ -56,6 +57,7 @@ class Options:
     log_dir: Path | None = None
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    expert_parallel: bool = False
     adapters: tuple[str, ...] = ()
     speculative: str | None = None
     speculative_tokens: int = 4
@@ -227,8 +229,9 @@ def plan(named: Mapping[str, Path], options: Options) -> tuple[dict[str, EngineO
         features = Features(
             tensor_parallel=options.tensor_parallel,
             pipeline_parallel=options.pipeline_parallel,
+            expert_parallel=options.expert_parallel,
             adapters=adapters[model],
-            speculative=Path(draft).resolve() if draft and draft != NGRAM else draft,
+            speculative=Path(draft).resolve() if draft and draft not in (NGRAM, MTP) else draft,
             speculative_tokens=options.speculative_tokens,
             quantization=options.quantization,
             vllm_args=split_arguments(options.vllm_args),

@@ -119,10 +119,13 @@ class LatentAttention(nn.Module):
         return y @ value_up.transpose(1, 2)
 
     def _queries(self, x: Tensor) -> Tensor:
-        if self.q_proj is not None:
-            q = self.q_proj(x)
+        if self.q_proj is None:
+            assert self.q_a_proj is not None
+            assert self.q_a_layernorm is not None
+            assert self.q_b_proj is not None
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))  # type: ignore[misc]
+            q = self.q_proj(x)
         return q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, N + P)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -192,7 +192,8 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
             raise ValueError(f"router must be one of {', '.join(ROUTERS)}, got {self.router!r}")
         if published and self.router != published:
             raise ValueError(
-                f"router {self.router!r} contradicts scoring_func and topk_method, which say {published!r}: leave one out"
+                f"router {self.router!r} contradicts scoring_func and topk_method, which say {published!r}: leave "
+                "one out"
             )
         # One group is none.
         self.n_group, self.topk_group = self.n_group or 1, self.topk_group or self.n_group or 1
@@ -298,7 +299,7 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
             vocab_size=160, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
             num_attention_heads=4, q_lora_rank=48, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16,
             v_head_dim=24, n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2,
-            first_k_dense_replace=1, max_position_embeddings=512, bos_token_id=None, eos_token_id=0,
+            first_k_dense_replace=1, max_position_embeddings=1056, bos_token_id=None, eos_token_id=0,
         )  # fmt: skip
         if changes.get("router") == "noisy_top_k":
             sizes |= {"n_group": 1, "topk_group": 1}
@@ -306,7 +307,7 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
 
     @classmethod
     def demo(cls, **changes: Any) -> "MedAssistDeepseekConfig":
-        """What the recipe deepseek-demo trains."""
+        """What the recipe deepseek-demo trains: 1,174,592 parameters active for a token, of 1,764,416."""
         sizes: dict[str, Any] = dict(
             vocab_size=4096, hidden_size=128, intermediate_size=384, moe_intermediate_size=64, num_hidden_layers=3,
             num_attention_heads=4, q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16,
@@ -317,14 +318,30 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
         return cls(**(sizes | changes))
 
     @classmethod
-    def base_390m(cls, **changes: Any) -> "MedAssistDeepseekConfig":
-        """About 390 million parameters active for a token, of 1.6 billion; 64 experts of which 6 are chosen."""
+    def base_382m(cls, **changes: Any) -> "MedAssistDeepseekConfig":
+        """381,873,152 parameters active for a token, of 1,750,264,832; a token goes to 6 of 64 experts and 2 shared."""
         sizes: dict[str, Any] = dict(
             vocab_size=50281, hidden_size=1024, intermediate_size=4096, moe_intermediate_size=512,
             num_hidden_layers=16, num_attention_heads=16, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=64,
             qk_rope_head_dim=64, v_head_dim=64, n_routed_experts=64, num_experts_per_tok=6, n_group=1, topk_group=1,
             n_shared_experts=2, routed_scaling_factor=1.0, first_k_dense_replace=1, bos_token_id=None,
             eos_token_id=50256,
+        )  # fmt: skip
+        return cls(**(sizes | changes))
+
+    @classmethod
+    def published_v2_lite(cls, **changes: Any) -> "MedAssistDeepseekConfig":
+        """DeepSeek-V2-Lite: 2,661,150,208 parameters active for a token, of 15,706,484,224."""
+        sizes: dict[str, Any] = dict(
+            vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
+            num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None, router="softmax", n_routed_experts=64,
+            num_experts_per_tok=6, n_shared_experts=2, n_group=1, topk_group=1, norm_topk_prob=False,
+            routed_scaling_factor=1.0, first_k_dense_replace=1, num_nextn_predict_layers=0,
+            max_position_embeddings=163840, bos_token_id=100000, eos_token_id=100001,
+            rope_parameters={
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 4096,
+                "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
+            },
         )  # fmt: skip
         return cls(**(sizes | changes))
 
@@ -369,6 +386,6 @@ def check_v2(normalised: bool | None) -> None:
     if normalised:
         raise ValueError(
             "norm_topk_prob must be false in a deepseek_v2: programs for it do not agree on what true means; if its "
-            "weights are to be normalised and then multiplied by routed_scaling_factor, say so with router 'softmax' in "
-            "a configuration of medassist_deepseek"
+            "weights are to be normalised and then multiplied by routed_scaling_factor, say so with router 'softmax' "
+            "in a configuration of medassist_deepseek"
         )

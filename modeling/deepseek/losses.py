@@ -25,7 +25,7 @@ def balance_loss(routing: Routing, router: str, is_text: Tensor) -> Tensor:
     of tokens under the noise (Shazeer et al. 2017, appendix A). It is 0 where all are used alike.
     """
     if router == "noisy_top_k":
-        return _variation(_importance(routing, is_text)) + _variation(_smooth_load(routing, is_text))
+        return _variation(_importance(routing, is_text)) + _variation(smooth_load(routing, is_text))
     experts, top_k = routing.logits.shape[-1], routing.experts.shape[-1]
     text = is_text.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
     scores = affinities(routing.logits, router)
@@ -46,7 +46,7 @@ def _importance(routing: Routing, is_text: Tensor) -> Tensor:
     return (gates * is_text[..., None]).sum(1)  # (B, E)
 
 
-def _smooth_load(routing: Routing, is_text: Tensor) -> Tensor:
+def smooth_load(routing: Routing, is_text: Tensor) -> Tensor:
     """(B, E): the expected number of tokens, had the noise on the expert's own logit been drawn anew."""
     experts, top_k = routing.logits.shape[-1], routing.experts.shape[-1]
     if routing.clean_logits is None or routing.noise_scale is None or top_k == experts:

@@ -101,14 +101,17 @@ class MedAssistDeepseekPreTrainedModel(PreTrainedModel):
     # A bias that moves by 0.001 a step cannot be kept in bfloat16.
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     # Published checkpoints have copies of embedding and head in each layer of multi-token prediction.
-    _keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight"]
+    _keys_to_ignore_on_load_unexpected = [
+        r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight",
+        r"rotary_emb\.inv_freq",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
@@ -179,6 +182,7 @@ class MedAssistDeepseekModel(MedAssistDeepseekPreTrainedModel):
         results, made = [], {}
         first = self.config.num_hidden_layers
         for depth, layer in enumerate(self.layers[first:], 1):
+            assert isinstance(layer, PredictionLayer)
             following = F.pad(input_ids[:, depth:], (0, min(depth, input_ids.shape[1])))  # (B, T)
             hidden, routing = layer.predict(self.embed_tokens(following), hidden, rope, mask)
             # The next depth gets what this one's head gets, as the first depth does: one layer can then draft several

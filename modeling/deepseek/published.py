@@ -13,7 +13,8 @@ from modeling.importing.layout import Layout, Shapes, side
 LAYER = r"model\.layers\.(\d+)\."
 PREDICTION = re.compile(LAYER + r"(enorm|hnorm|eh_proj|shared_head\.norm)\.weight")
 STACKED = re.compile(r"(.+\.mlp\.experts\.)(gate_up_proj|down_proj)")
-CONSUMED = ("model_type", "scoring_func", "topk_method", "rope_theta", "rope_scaling", "quantization_config")
+CONSUMED = ("model_type", "scoring_func", "topk_method", "rope_theta", "rope_scaling", "quantization_config",
+            "head_dim", "qk_head_dim")  # fmt: skip
 
 
 def in_files(shapes: Shapes) -> Shapes:
@@ -71,6 +72,11 @@ def settle(values: dict[str, Any]) -> dict[str, Any]:
             "the configuration has quantization_config: weights in 8 or fewer bits cannot be imported; convert them to "
             "bfloat16, as their publisher says how, and remove quantization_config from config.json"
         )
+    rotated, plain = values.get("qk_rope_head_dim"), values.get("qk_nope_head_dim")
+    if rotated is not None and plain is not None:  # what transformers writes beside them
+        for name, width in (("head_dim", rotated), ("qk_head_dim", rotated + plain)):
+            if values.get(name, width) != width:
+                raise ValueError(f"{name} follows from the other widths: it is {width}, got {values[name]!r}")
     if values.get("model_type") == "deepseek_v2":
         check_v2(values.get("norm_topk_prob"))
         values["num_nextn_predict_layers"] = 0

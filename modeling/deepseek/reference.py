@@ -63,10 +63,10 @@ def deepseek_v2(config: Any) -> Any:
 def _sizes(config: Any) -> dict[str, Any]:
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-        "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor",
-        "first_k_dense_replace", "max_position_embeddings", "rms_norm_eps", "attention_bias", "tie_word_embeddings",
-        "bos_token_id", "eos_token_id",
+        "num_attention_heads", "num_key_value_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+        "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group",
+        "routed_scaling_factor", "first_k_dense_replace", "max_position_embeddings", "rms_norm_eps", "attention_bias",
+        "tie_word_embeddings", "bos_token_id", "eos_token_id",
     )  # fmt: skip
     # A model of theirs always has shared experts.
     return {name: getattr(config, name) for name in names} | {"n_shared_experts": config.n_shared_experts or 1}

@@ -31,11 +31,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from modeling.deepseek.attention import LATENT_EPS, rope_table, softmax_scale
 from modeling.deepseek.config import MedAssistDeepseekConfig
+from modeling.deepseek.vllm_config import kernel_sizes
 from modeling.layers.rope import cos_sin, rotate_halves, rotate_neighbours
 from modeling.layers.vllm_attention import PagedAttention
 
 Rows = tuple[Tensor, Tensor]
-KERNEL_RANK, KERNEL_ROPE = 512, 64  # what vLLM's MLA kernels take
 
 
 class Rotary(nn.Module):
@@ -154,23 +154,6 @@ class DeepseekAttention(nn.Module):
         q, k, v = (F.pad(y, (0, self.head_size - y.shape[-1])).flatten(1) for y in (q, k, v))
         out = self.attn(q, k, v).view(-1, self.heads, self.head_size)
         return out[..., : self.value].flatten(1)
-
-
-def kernel_sizes(config: MedAssistDeepseekConfig) -> tuple[int, int]:
-    """Latent and rotary width in the cache: the configuration's on CPUs, elsewhere those of vLLM's kernels.
-
-    Raises:
-        ValueError: wider than the kernels.
-    """
-    rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
-    if current_platform.is_cpu() and AttentionBackendEnum.CPU_MLA.get_class().supports_head_size(rank + rope):
-        return rank, rope
-    if rank > KERNEL_RANK or rope > KERNEL_ROPE:
-        raise ValueError(
-            f"kv_lora_rank ({rank}) and qk_rope_head_dim ({rope}) must be at most {KERNEL_RANK} and {KERNEL_ROPE} for "
-            "vLLM's MLA kernels; set VLLM_MLA_DISABLE=1 to serve with ordinary attention"
-        )
-    return KERNEL_RANK, KERNEL_ROPE
 
 
 def _load_padded(layer: nn.Module, columns: int) -> None:

@@ -2,6 +2,10 @@
 
 from typing import Any
 
+from modeling.deepseek.config import MedAssistDeepseekConfig
+
+KERNEL_RANK, KERNEL_ROPE = 512, 64  # what vLLM's kernels for latent attention take
+
 
 class ConfigUpdate:
     """Has the interface of vLLM's ``VerifyAndUpdateConfig``."""
@@ -28,6 +32,26 @@ class ConfigUpdate:
         check_kernels(vllm_config.model_config.hf_config.to_dict(), current_platform.is_cpu())
         if vllm_config.lora_config is not None:
             raise ValueError("LoRA adapters are not served for models with latent attention; merge the adapter")
+
+
+def kernel_sizes(config: MedAssistDeepseekConfig) -> tuple[int, int]:
+    """Latent and rotary width in the cache: the configuration's on CPUs, elsewhere those of vLLM's kernels.
+
+    Raises:
+        ValueError: wider than the kernels.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    if current_platform.is_cpu() and AttentionBackendEnum.CPU_MLA.get_class().supports_head_size(rank + rope):
+        return rank, rope
+    if rank > KERNEL_RANK or rope > KERNEL_ROPE:
+        raise ValueError(
+            f"kv_lora_rank ({rank}) and qk_rope_head_dim ({rope}) must be at most {KERNEL_RANK} and {KERNEL_ROPE} for "
+            "vLLM's kernels; set VLLM_MLA_DISABLE=1 to serve with ordinary attention"
+        )
+    return KERNEL_RANK, KERNEL_ROPE
 
 
 def check_ranks(config: dict[str, Any], tensor_parallel: int, expert_parallel: int = 1) -> None:

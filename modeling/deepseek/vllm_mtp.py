@@ -21,6 +21,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from modeling.deepseek.config import MedAssistDeepseekConfig
 from modeling.deepseek.vllm_attention import Rotary, Rows
 from modeling.deepseek.vllm_model import DeepseekDecoderLayer, layer_number, mapper
+from modeling.layers.vllm_causal_lm import say_cache_size
 
 
 class SharedHead(nn.Module):
@@ -78,6 +79,7 @@ class MedAssistDeepseekMTP(nn.Module):
         self.model = DeepseekPredictor(vllm_config=vllm_config, prefix="model")
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.lm_head: nn.Module | None = None  # the model's own, from vLLM
+        say_cache_size(vllm_config, f"model.layers.{self.config.num_hidden_layers}.", " for drafting")
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)

@@ -5,6 +5,7 @@ from typing import Any
 from modeling.deepseek.config import MedAssistDeepseekConfig
 
 DRAFTER = "MedAssistDeepseekMTP"
+DRAFT_TYPE = "deepseek_mtp"  # vLLM's model_type of DeepSeek's drafting layers
 
 
 def register() -> None:
@@ -17,11 +18,10 @@ def register() -> None:
         ModelArchConfigConvertorBase,
     )
 
-    class LatentConvertor(ModelArchConfigConvertorBase):
-        def is_deepseek_mla(self) -> bool:
-            return True
-
-    MODEL_ARCH_CONFIG_CONVERTORS[MedAssistDeepseekConfig.model_type] = LatentConvertor
+    for model_type in (MedAssistDeepseekConfig.model_type, DRAFT_TYPE):
+        known = MODEL_ARCH_CONFIG_CONVERTORS.get(model_type, ModelArchConfigConvertorBase)
+        if not hasattr(known, "knows_latents"):
+            MODEL_ARCH_CONFIG_CONVERTORS[model_type] = _latent(known)
     if DRAFTER not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(DRAFTER, f"modeling.deepseek.vllm_mtp:{DRAFTER}")
     if SpeculativeConfig.hf_config_override is not draft_config:
@@ -43,6 +43,27 @@ def draft_config(hf_config: Any) -> Any:
     """
     if hf_config.model_type != MedAssistDeepseekConfig.model_type:
         return _others[0](hf_config)
-    hf_config.model_type = "deepseek_mtp"
+    hf_config.model_type = DRAFT_TYPE
     hf_config.update({"n_predict": 1, "architectures": [DRAFTER]})
     return hf_config
+
+
+def _latent(known: Any) -> Any:
+    """The class by which vLLM reads a configuration, taught that ours has a latent cache, and how wide it is."""
+
+    class LatentConvertor(known):  # type: ignore[misc]
+        knows_latents = True
+
+        def is_deepseek_mla(self) -> bool:
+            return isinstance(self.hf_config, MedAssistDeepseekConfig) or super().is_deepseek_mla()
+
+        def get_head_size(self) -> int:
+            from vllm import envs
+
+            from modeling.deepseek.vllm_config import kernel_sizes
+
+            if isinstance(self.hf_config, MedAssistDeepseekConfig):
+                return self.hf_config.qk_head_dim if envs.VLLM_MLA_DISABLE else sum(kernel_sizes(self.hf_config))
+            return super().get_head_size()  # type: ignore[no-any-return]
+
+    return LatentConvertor

@@ -64,12 +64,13 @@ def gather(found: Recognised, given: Mapping[str, Any] | None, settings: Mapping
         published.pop("gqa_groups", None)
     if "gqa_groups" in chosen:
         published.pop("num_key_value_heads", None)
+    zero = getattr(found.arch.config_class(), "may_be_zero", ())
     for name, value in (published | chosen).items():
         if name in fields:
-            _check(name, value, fields[name])
+            _check(name, value, fields[name], zero=name in zero)
     result.values = layout.settle(published | chosen)
     for name, value in result.values.items():
-        _check(name, value, fields[name])
+        _check(name, value, fields[name], zero=name in zero)
         result.origins[name] = "--set" if name in chosen else "the configuration"
     sizes = layout.sizes(shapes, result.values)
     doubtful = set(layout.doubtful(given or {})) - set(chosen)
@@ -200,13 +201,13 @@ def _inherited() -> frozenset[str]:
     return frozenset(PreTrainedConfig().to_dict())
 
 
-def _check(name: str, value: Any, annotation: Any) -> None:
+def _check(name: str, value: Any, annotation: Any, *, zero: bool) -> None:
     union = isinstance(annotation, types.UnionType)
     kinds = set(typing.get_args(annotation)) if union else {annotation}
     wanted = ""
     if int in kinds:
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
-            wanted = f"a whole number from 1 to {LARGEST}"
+        if isinstance(value, bool) or not isinstance(value, int) or not (not zero) <= value <= LARGEST:
+            wanted = f"a whole number from {0 if zero else 1} to {LARGEST}"
     elif float in kinds:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             wanted = "a number that is not negative"

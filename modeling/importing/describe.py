@@ -76,9 +76,25 @@ def _describe_model(result: Description, source: Source, found: Recognised, sett
     except ValueError as e:
         result.add("import", f"not possible as it is: {e}")
         return
-    result.add("parameters", f"{sum(target.elements for target in targets):,}")
+    parameters = f"{sum(target.elements for target in targets):,}"
+    if hasattr(config, "active_parameters"):
+        active = config.active_parameters({target.name: target.elements for target in targets})
+        parameters += f", of which a token uses {active:,}"
+    result.add("parameters", parameters)
+    if hasattr(config, "cached_width"):
+        result.add("cache", _latent_cache(config))
     result.add("tokenizer", _tokenizer(source, found, config.vocab_size))
     result.add("import", "possible" + (", and needless: it is in our own format" if found.ours else ""))
+
+
+def _latent_cache(config: Any) -> str:
+    """Bytes that a token takes in the cache, in 16 bits, and what keys and values of all heads would take."""
+    layers, latent = config.num_hidden_layers, config.cached_width
+    ordinary = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    return (
+        f"{layers * latent * 2:,} bytes a token in 16 bits ({layers} layers of {latent}); with keys and values of "
+        f"{config.num_attention_heads} heads it would be {layers * ordinary * 2:,}"
+    )
 
 
 def _tokenizer(source: Source, found: Recognised, vocab_size: int) -> str:

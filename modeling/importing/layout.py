@@ -41,11 +41,14 @@ class Layout:
         notes: field -> what to tell about a value that came from ``defaults``.
         tokenizers: vocabulary size -> tiktoken encoding that the published models of that size use.
         refused: regular expression of a tensor name -> why a file that holds it cannot be imported.
+        own_names: published tensors are called as in checkpoints of ours; ``tensors`` and ``tied`` are not used.
+        copies: regular expression of tensors that published files have besides -> the tensor that they must equal.
+        in_files: names and shapes of the module's tensors -> those of its checkpoints, where these differ.
     """
 
     signature: str
     tensors: Callable[[Any], dict[str, tuple[str, ...]]]
-    sizes: Callable[[Shapes, Mapping[str, Any]], dict[str, int]]
+    sizes: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]]
     tied: Mapping[str, str] = field(default_factory=dict)
     ignored: str = r"(?!)"
     model_types: tuple[str, ...] = ()
@@ -59,6 +62,9 @@ class Layout:
     notes: Mapping[str, str] = field(default_factory=dict)
     tokenizers: Mapping[int, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    own_names: bool = False
+    copies: Mapping[str, str] = field(default_factory=dict)
+    in_files: Callable[[Shapes], Shapes] = dict
 
 
 def layer_count(shapes: Shapes, pattern: str) -> int | None:

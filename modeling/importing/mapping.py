@@ -30,14 +30,18 @@ class Target:
 
 @dataclass(frozen=True)
 class Head:
-    """A tied head that the file holds beside the tensor that it must equal."""
+    """A tensor, such as a tied head, that the file holds beside the one that it must equal; ``why`` it must."""
 
     head: Stored
     tied_to: Stored
+    why: str = (
+        "the head of this architecture is its embedding: the file is damaged, or the model was trained with a head of "
+        "its own, which it cannot have"
+    )
 
 
 def resolve_ties(found: Recognised) -> tuple[dict[str, Stored], list[Head]]:
-    """The file's trained tensors without tied heads, a head standing in for a tensor that is missing.
+    """The file's trained tensors without tied heads and copies, a head standing in for a tensor that is missing.
 
     Raises:
         ValueError: head and embedding have different shapes.
@@ -58,6 +62,12 @@ def resolve_ties(found: Recognised) -> tuple[dict[str, Stored], list[Head]]:
                     "was trained with a head of its own, which this architecture cannot have"
                 )
             heads.append(Head(head, tensors[target]))
+    for pattern, original in found.layout.copies.items():
+        for name in [name for name in tensors if re.fullmatch(pattern, name)]:
+            target = original if original in tensors else found.layout.tied.get(original, original)
+            if target in tensors and tensors[name].shape == tensors[target].shape:
+                why = "there is one for all places in this architecture: the file is damaged, or another model's"
+                heads.append(Head(tensors.pop(name), tensors[target], why))
     return tensors, heads
 
 
@@ -111,10 +121,7 @@ def check_heads(heads: list[Head]) -> None:
         rows = pair.head.shape[0]
         both = zip(pieces(pair.head, 0, rows), pieces(pair.tied_to, 0, rows), strict=True)
         if not all(torch.equal(a, b) for a, b in both):
-            raise ValueError(
-                f"{pair.head.name} and {pair.tied_to.name} differ, but the head of this architecture is its embedding: "
-                "the file is damaged, or the model was trained with a head of its own, which it cannot have"
-            )
+            raise ValueError(f"{pair.head.name} and {pair.tied_to.name} differ, but {pair.why}")
 
 
 def _stacked(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modeling.importing.layout import Layout
@@ -73,13 +73,14 @@ def recognise(weights: Weights, config: Mapping[str, Any] | None) -> Recognised:
     own = sum(bool(OURS.fullmatch(name)) for name in tensors)
     if own:
         if named and own * 2 > len(tensors):
-            return Recognised(named[0], own_layout(named[0], config or {}), True, tensors, prefix, ())
+            arch, layout = named[0], own_layout(named[0], config or {})
+            _check_refused(layout, weights, tensors)
+            ours = not layout.own_names or bool(claims & {arch.model_type, arch.hf_name})
+            return Recognised(arch, layout, ours, tensors, prefix, ())
         raise ValueError(_foreign(weights, tensors, claims))
     fitting = [a for a in REGISTRY.values() if any(re.fullmatch(a.layout().signature, name) for name in tensors)]
-    for arch in fitting:
-        for pattern, why in arch.layout().refused.items():
-            if len(fitting) == 1 and any(re.fullmatch(pattern, name) for name in tensors):
-                raise ValueError(f"{weights.files[0]} cannot be imported: {why}")
+    if len(fitting) == 1:
+        _check_refused(fitting[0].layout(), weights, tensors)
     if not fitting:
         raise ValueError(_foreign(weights, tensors, claims))
     warnings = []
@@ -115,14 +116,21 @@ def own_layout(arch: Architecture, given: Mapping[str, Any]) -> Layout:
     """
     tied = given.get("tie_word_embeddings", arch.config_class().tie_word_embeddings)
     ties = getattr(arch.model_class(), "_tied_weights_keys", None) if tied else None
+    ties = dict(ties) if isinstance(ties, dict) else {}
+    if arch.layout().own_names:
+        return replace(arch.layout(), tensors=lambda config: _itself(arch, config), tied=ties)
     return Layout(
         signature=OURS.pattern,
-        tensors=lambda config: {name: (name,) for name in own_shapes(arch, config)},
+        tensors=lambda config: _itself(arch, config),
         sizes=lambda shapes, known: {},
-        tied=dict(ties) if isinstance(ties, dict) else {},
+        tied=ties,
         model_types=arch.layout().model_types,
         tokenizers=arch.layout().tokenizers,
     )
+
+
+def _itself(arch: Architecture, config: Any) -> dict[str, tuple[str, ...]]:
+    return {name: (name,) for name in own_shapes(arch, config)}
 
 
 def own_shapes(arch: Architecture, config: Any) -> dict[str, tuple[int, ...]]:
@@ -140,7 +148,14 @@ def own_shapes(arch: Architecture, config: Any) -> dict[str, tuple[int, ...]]:
     except (RuntimeError, OverflowError, TypeError) as e:
         raise ValueError(f"the configuration's sizes are beyond what can be computed with ({e})") from None
     ties = (getattr(model_class, "_tied_weights_keys", None) or {}) if config.tie_word_embeddings else {}
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in ties}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in ties}
+    return dict(arch.layout().in_files(shapes))
+
+
+def _check_refused(layout: Layout, weights: Weights, tensors: Mapping[str, Stored]) -> None:
+    for pattern, why in layout.refused.items():
+        if found := next((name for name in tensors if re.fullmatch(pattern, name)), None):
+            raise ValueError(f"{weights.files[0]} with {found[:120]} cannot be imported: {why}")
 
 
 def _claims(config: Mapping[str, Any] | None) -> set[str]:

@@ -32,9 +32,12 @@ def read(path: Path) -> Weights:
             view = file.get_slice(name)
             dtype = DTYPES.get(view.get_dtype())
             if dtype is None:
+                hint = ""
+                if f"{name}_scale_inv" in names:  # DeepSeek's blocks of 128 x 128, each with a factor
+                    hint = f" (each block times its factor in {name}_scale_inv, as the model's publisher says how)"
                 raise ValueError(
                     f"{path}: {name} is {view.get_dtype()}, a quantised or unusual format: save the weights in "
-                    "float32, bfloat16 or float16"
+                    f"float32, bfloat16 or float16{hint}"
                 )
             shape = tuple(view.get_shape())
             stored[name] = Stored(name, shape, dtype, path, partial(file.get_tensor, name), True)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP, SupportsQuant
@@ -15,6 +17,8 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from modeling.layers import vllm_cpu
+
+logger = init_logger("vllm.medassist")
 
 
 class CausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
@@ -54,6 +58,7 @@ class CausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        say_cache_size(vllm_config, prefix)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_input_ids(input_ids)
@@ -72,3 +77,18 @@ class CausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+
+def say_cache_size(vllm_config: VllmConfig, prefix: str, purpose: str = "") -> None:
+    """Logs what a token takes in the paged caches of the layers whose names begin with ``prefix``, on this rank.
+
+    The figure is vLLM's own, from which it makes its blocks.
+    """
+    layers = vllm_config.compilation_config.static_forward_context
+    specs = [
+        layer.get_kv_cache_spec(vllm_config)
+        for name, layer in layers.items()
+        if isinstance(layer, AttentionLayerBase) and name.startswith(prefix)
+    ]
+    cached = [spec.page_size_bytes // spec.block_size for spec in specs if spec is not None]
+    logger.info("KV cache: %d bytes a token%s, in %d layers", sum(cached), purpose, len(cached))

@@ -1,6 +1,7 @@
 """What every architecture must hold, generated from the registry; its engine is compared in ``tests/parity``."""
 
 import ast
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from modeling.layers.objective import IGNORED
 from tests.parity.harness import Variant, selected_architectures, variants
 
 every_variant = pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name)
@@ -57,14 +59,44 @@ def test_saved_model_loads_through_the_auto_class_unchanged(variant: Variant, tm
     assert torch.equal(logprobs(loaded, ids), logprobs(model, ids))
 
 
+@dataclass
+class PackedBatch:
+    """Two rows of two documents each, the second with padding behind them."""
+
+    input_ids: Tensor = field(default_factory=lambda: random_ids(2, 16))
+    position_ids: Tensor = field(default_factory=lambda: torch.cat([torch.arange(7), torch.arange(9)]).repeat(2, 1))
+    labels: Tensor = field(init=False)
+    is_text: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_text = torch.ones(2, 16, dtype=torch.bool)
+        self.is_text[1, 12:] = False
+        following = self.input_ids.roll(-1, 1)
+        has_next = (self.position_ids.roll(-1, 1) == self.position_ids + 1) & self.is_text & self.is_text.roll(-1, 1)
+        has_next[:, -1] = False
+        self.labels = following.masked_fill(~has_next, IGNORED)
+
+
 @every_variant
 def test_every_parameter_gets_a_gradient(variant: Variant) -> None:
-    model, ids = variant.module().train(), random_ids(2, 16)
-    model(ids, labels=ids).loss.backward()
+    """From what training minimises, which may have more parts than the language model's loss."""
+    model, batch = variant.module().train(), PackedBatch()
+    parts, counts = model.objective(batch).sums, model.loss_counts(batch)
+    assert set(parts) == set(counts) == set(model.loss_weights)
+    torch.stack([weight * parts[name] / counts[name] for name, weight in model.loss_weights.items()]).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().sum() > 0, name
+
+
+@every_variant
+def test_loss_that_training_reports_is_the_one_of_hugging_faces_labels(variant: Variant) -> None:
+    model, batch = variant.module(), PackedBatch()
+    batch.position_ids = torch.arange(16).repeat(2, 1)
+    batch.labels = torch.cat([batch.input_ids[:, 1:], torch.full((2, 1), IGNORED)], 1)
+    loss = model.objective(batch).sums["loss"] / model.loss_counts(batch)["loss"]
+    assert_close(loss, model(batch.input_ids, labels=batch.input_ids).loss)
 
 
 @every_variant
@@ -106,7 +138,8 @@ def test_later_tokens_matter_only_where_the_model_is_not_causal(variant: Variant
     other = ids.clone()
     other[0, -1] = (other[0, -1] + 1) % 160
     change = (logprobs(model, ids)[:, :-1] - logprobs(model, other)[:, :-1]).abs().max()
-    assert change == 0 if variant.causal else change > 1e-2
+    # Not to the last bit: how many tokens an expert gets at once may change the order in which products are summed.
+    assert change < TOLERANCE if variant.causal else change > 1e-2
 
 
 @every_variant

@@ -6,7 +6,7 @@ A job is ``{"checkpoint", "options", "prompts", "new_tokens", "lora": [{"name", 
 scored, then continued greedily, twice: the second time, whole blocks of it come from the prefix cache. All prompts are
 in one call, so that the engine mixes prefill and decode of many requests. With adapters, each prompt is given once to
 the model alone and once to each adapter, all in the same call. ``"distributions": true`` asks for log-probabilities of
-the whole vocabulary instead.
+the whole vocabulary instead, ``"drafts": true`` for the counts of speculative decoding over each prompt alone.
 """
 
 import gc
@@ -20,6 +20,11 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 os.environ.update(ENVIRONMENT)
+
+if os.environ.get("MEDASSIST_STOCK_LATENTS"):
+    from modeling.layers import vllm_latent_cpu
+
+    vllm_latent_cpu.register = lambda: None
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -36,6 +41,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "max_num_seqs": 8,
         "skip_tokenizer_init": True,
         "distributed_executor_backend": "mp" if parallel else "uni",
+        "disable_log_stats": not job.get("drafts"),
     }
     llm = LLM(job["checkpoint"], **(options | job["options"]))
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
@@ -47,6 +53,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         adapters += [LoRARequest(a["name"], number, a["path"]) for number, a in enumerate(job["lora"], 1)]
         requests["lora_request"] = [adapter for adapter in adapters for _ in prompts]
         prompts = prompts * len(adapters)
+    if job.get("drafts"):
+        return _drafts(llm, prompts, job["new_tokens"])
     if job.get("distributions"):
         return {"distributions": [_distributions(llm, prompt) for prompt in prompts]}
     scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
@@ -62,6 +70,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         ],
         "greedy": [],
         "compiled": bool(llm.llm_engine.vllm_config.compilation_config.mode),
+        "cache": _cache(llm),
     }
     for _ in range(2):
         answers = []
@@ -75,6 +84,31 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     del llm
     gc.collect()
     return result
+
+
+def _cache(llm: Any) -> dict[str, int]:
+    """What the engine has allocated for its paged cache, and for how many tokens."""
+    config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    (group,) = config.kv_cache_groups
+    return {
+        "bytes": sum(tensor.size for tensor in config.kv_cache_tensors),
+        "tokens": config.num_blocks * group.kv_cache_spec.block_size,
+    }
+
+
+def _drafts(llm: Any, prompts: list[dict[str, Any]], new_tokens: int) -> dict[str, Any]:
+    """Answers to prompts, one after the other, and what became of the tokens drafted for all of them."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    answers = [list(llm.generate([p], greedy, use_tqdm=False)[0].outputs[0].token_ids) for p in prompts]
+    values = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    return {
+        "answers": answers,
+        "steps": values["vllm:spec_decode_num_drafts"],
+        "drafted": values["vllm:spec_decode_num_draft_tokens"],
+        "accepted": values["vllm:spec_decode_num_accepted_tokens"],
+    }
 
 
 def _distributions(llm: Any, prompt: dict[str, Any]) -> list[list[float]]:

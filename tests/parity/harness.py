@@ -20,7 +20,8 @@ from modeling.fingerprint import probe_ids
 from modeling.registry import REGISTRY, Architecture
 
 LENGTHS = (1, 2, 3, 5, 8, 13, 31, 64, 96, 127, 128, 129, 160, 200, 255, 256, 257, 300, 400, 479)
-NEW_TOKENS = 32  # the tiny presets have 512 positions
+LONG = (700, 900, 1000)  # instead of the last three, where the model has room
+NEW_TOKENS = 32  # the tiny presets have 512 positions or more
 TOLERANCE = 1e-4  # nats, float32
 TIME_LIMIT = 900.0  # seconds for the engines of one kind
 
@@ -31,6 +32,14 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "eager": ({"enforce_eager": True}, ONE_PROCESS),
     "compiled": ({"enforce_eager": False}, ONE_PROCESS),
     "tensor-parallel": ({"enforce_eager": True, "tensor_parallel_size": 2}, TWO_RANKS),
+    "expert-parallel": (
+        {"enforce_eager": True, "tensor_parallel_size": 2, "enable_expert_parallel": True},
+        TWO_RANKS,
+    ),
+    # Keys and values of all heads in the cache instead of latents.
+    "no-latents": ({"enforce_eager": True}, ONE_PROCESS | {"VLLM_MLA_DISABLE": "1"}),
+    # vLLM's own CPU_MLA, which takes one size, to which latents are padded, as for kernels on GPUs.
+    "padded-latents": ({"enforce_eager": True}, ONE_PROCESS | {"MEDASSIST_STOCK_LATENTS": "1"}),
     "pipeline-parallel": ({"enforce_eager": True, "pipeline_parallel_size": 2}, TWO_RANKS),
     "compiled-pipeline-parallel": ({"enforce_eager": False, "pipeline_parallel_size": 2}, TWO_RANKS),
     "lora": ({"enforce_eager": True, "enable_lora": True, "max_lora_rank": 8, "max_loras": 4}, ONE_PROCESS),
@@ -53,6 +62,21 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "draft": (
         {"enforce_eager": True, "speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}},
         ONE_PROCESS,
+    ),
+    # Drafted by the model's own multi-token prediction.
+    "mtp": ({"enforce_eager": True, "speculative_config": {"method": "mtp", "num_speculative_tokens": 3}}, ONE_PROCESS),
+    "compiled-mtp": (
+        {"enforce_eager": False, "speculative_config": {"method": "mtp", "num_speculative_tokens": 2}},
+        ONE_PROCESS,
+    ),
+    "mtp-expert-parallel": (
+        {
+            "enforce_eager": True,
+            "tensor_parallel_size": 2,
+            "enable_expert_parallel": True,
+            "speculative_config": {"method": "mtp", "num_speculative_tokens": 2},
+        },
+        TWO_RANKS,
     ),
     "bfloat16": ({"enforce_eager": True, "dtype": "bfloat16"}, ONE_PROCESS),
 }
@@ -93,6 +117,11 @@ class Variant:
     def causal(self) -> bool:
         return bool(self.changes.get("causal", True))
 
+    @property
+    def latent(self) -> bool:
+        """Whether its cache holds latents, and it predicts further tokens: it is of the DeepSeek kind."""
+        return self.arch.model_type == "medassist_deepseek"
+
     def config(self, **changes: Any) -> Any:
         return self.arch.config_class().tiny(**(dict(self.changes) | changes))
 
@@ -103,6 +132,8 @@ class Variant:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(torch.randn_like(parameter) * 0.15 + (parameter.ndim == 1))
+            for buffer in model.buffers():  # such as a router's bias
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
         return model
 
 
@@ -157,7 +188,7 @@ class Engines:
         checkpoint = self.checkpoint(case.variant)
         job: dict[str, Any] = {
             "checkpoint": str(checkpoint), "options": KINDS[case.kind][0], "new_tokens": NEW_TOKENS,
-            "prompts": prompts(case.variant.config().vocab_size),
+            "prompts": prompts(case.variant.config()),
         }  # fmt: skip
         if case.kind == "draft":
             speculative = job["options"]["speculative_config"] | {"model": str(self.draft(case.variant))}
@@ -195,8 +226,11 @@ def run_jobs(directory: Path, jobs: list[dict[str, Any]], kind: str) -> list[dic
     return results
 
 
-def prompts(vocab_size: int) -> list[list[int]]:
-    return [probe_ids(length, vocab_size) for length in LENGTHS]
+def prompts(config: Any) -> list[list[int]]:
+    """Twenty, of 1 token to near the longest that the model takes, or 1,000."""
+    long = config.max_position_embeddings >= LONG[-1] + NEW_TOKENS
+    lengths = (*LENGTHS[: -len(LONG)], *LONG) if long else LENGTHS
+    return [probe_ids(length, config.vocab_size) for length in lengths]
 
 
 def projections(checkpoint: Path) -> list[str]:
