@@ -1,9 +1,10 @@
-"""``medassist bench``: what the gateway costs, and our vLLM classes beside vLLM's Llama."""
+"""``medassist bench``: the gateway, our vLLM classes beside vLLM's Llama, drafts, and the latent cache."""
 
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from typer.core import TyperGroup
 
@@ -26,7 +27,7 @@ class GatewayUnlessNamed(TyperGroup):
 
 app = typer.Typer(
     cls=GatewayUnlessNamed,
-    help="Benchmarks: what the gateway costs (also without a command), or our engines beside vLLM's Llama.",
+    help="Benchmarks: what the gateway costs (also without a command), engines, drafts, and the latent cache.",
 )
 
 
@@ -89,7 +90,7 @@ def engine(
         architectures=tuple(architecture or ()),
         presets=tuple(preset or ()),
         rounds=rounds,
-        sequences=_numbers(sequences),
+        sequences=_numbers("--sequences", sequences),
         new_tokens=new_tokens,
         prompt=prompt,
         threads=threads,
@@ -106,16 +107,45 @@ def engine(
     raise typer.Exit(engine_benchmark.main(options, _command(ctx), report, json))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+@app.command(epilog="Example: medassist bench speculation runs/deepseek-demo/final --report speculation.md")
+def speculation(
+    ctx: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(help="Of a model with multi-token prediction, and a tokenizer.")],
+    drafted: Annotated[str, typer.Option(help="Tokens drafted at a time, an engine for each.")] = "1,2,3,4",
+    rounds: Annotated[int, typer.Option(help="Turns of each engine.")] = 8,
+    questions: Annotated[int, typer.Option(help="Questions a turn, from the evaluation file.")] = 24,
+    new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all cores if not given.")] = None,
+    report: Report = None,
+) -> None:
+    """Measures what a model's own drafts are worth: with multi-token prediction beside the same engine without."""
+    with needs("cpu"):
+        from loadtest import speculation as benchmark
+    options = benchmark.Options(
+        checkpoint.resolve(), _numbers("--drafted", drafted), rounds=rounds, questions=questions, new_tokens=new_tokens,
+        threads=threads,
+    )  # fmt: skip
+    raise typer.Exit(benchmark.main(options, _command(ctx, "speculation"), report))
+
+
+@app.command(epilog="Example: medassist bench cache --report cache.md")
+def cache(ctx: typer.Context, report: Report = None) -> None:
+    """Measures the paged cache of models with latent attention, beside ordinary attention and the formulas."""
+    with needs("cpu"):
+        from loadtest import latent_cache
+    raise typer.Exit(latent_cache.main(_command(ctx, "cache"), report))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
-        raise ValueError(f"--sequences must be numbers and commas, such as 1,8,32, got {text!r}") from None
+        raise ValueError(f"{option} must be numbers and commas, such as 1,8,32, got {text!r}") from None
 
 
-def _command(ctx: typer.Context) -> str:
+def _command(ctx: typer.Context, name: str = "engine") -> str:
     """The command line with the options that were given, from what click made of it."""
-    words = ["medassist", "bench", "engine"]
+    words = ["medassist", "bench", name]
     for parameter in ctx.command.params:
         name = parameter.name or ""
         source = ctx.get_parameter_source(name)
@@ -126,5 +156,5 @@ def _command(ctx: typer.Context) -> str:
             words.append((parameter.opts if value else parameter.secondary_opts)[0])
             continue
         for item in value if isinstance(value, list | tuple) else [value]:
-            words += [parameter.opts[0], str(item)]
+            words += [str(item)] if isinstance(parameter, click.Argument) else [parameter.opts[0], str(item)]
     return shlex.join(words)

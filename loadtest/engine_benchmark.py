@@ -92,7 +92,7 @@ def _measure(model_type: str, preset: str, options: Options) -> Model:
             with (folder / "log").open("wb") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "loadtest.engine_session", str(folder / "in.json")],
-                    env=_session_environment(options),
+                    env=session_environment(options),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -111,7 +111,7 @@ def _measure(model_type: str, preset: str, options: Options) -> Model:
         return Model.from_dict(json.loads((folder / "out.json").read_text()))
 
 
-def _session_environment(options: Options) -> dict[str, str]:
+def session_environment(options: Options) -> dict[str, str]:
     env = os.environ | {
         DIE_WITH_PARENT: str(os.getpid()),
         "HF_HUB_OFFLINE": "1",

@@ -115,14 +115,19 @@ def choose(architectures: Sequence[str] = (), presets: Sequence[str] = ()) -> li
     """The models to measure, as ``model_type`` and preset.
 
     Args:
-        architectures: all of the registry if empty.
+        architectures: all of the registry but mixtures of experts if empty.
         presets: those named, of every chosen architecture that has them; if empty, the largest of each architecture
             within PARAMETER_LIMIT.
 
     Raises:
-        ValueError: no such architecture, or a preset that none of them has.
+        ValueError: no such architecture, or one of experts, or a preset that none of them has.
     """
-    chosen = [get(name) for name in dict.fromkeys(architectures)] or list(REGISTRY.values())
+    chosen = [get(name) for name in dict.fromkeys(architectures)] or [a for a in REGISTRY.values() if not _sparse(a)]
+    if sparse := [arch.model_type for arch in chosen if _sparse(arch)]:
+        raise ValueError(
+            f"{sparse[0]} has experts: no Llama has as many parameters and as much arithmetic a token. See "
+            "medassist bench speculation and medassist bench cache"
+        )
     known = {arch.model_type: list(arch.presets()) for arch in chosen}
     for preset in presets:
         if not any(preset in names for names in known.values()):
@@ -131,6 +136,10 @@ def choose(architectures: Sequence[str] = (), presets: Sequence[str] = ()) -> li
     if presets:
         return [(arch.model_type, p) for arch in chosen for p in dict.fromkeys(presets) if p in known[arch.model_type]]
     return [(arch.model_type, _largest(arch)) for arch in chosen]
+
+
+def _sparse(arch: Architecture) -> bool:
+    return hasattr(arch.config_class(), "n_routed_experts")
 
 
 def check(model_type: str, preset: str, options: Options) -> None:

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeling.layers.objective import IGNORED
 from training.shards import Shard
-
-IGNORED = -100  # the label that no loss is computed for
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,14 @@ class Batch:
     Attributes:
         input_ids: (B, T) int64; padded with 0.
         position_ids: (B, T) int64; start again at 0 with each document.
-        labels: (B, T) int64; the token after each input, or -100 where there is no loss.
+        labels: (B, T) int64; the token after each input, or ``IGNORED`` where there is no loss.
+        is_text: (B, T) bool; false for padding.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
-
-    @property
-    def loss_tokens(self) -> int:
-        """How many tokens the loss is taken over."""
-        return int((self.labels != IGNORED).sum())
+    is_text: Tensor
 
 
 class PackedDocuments:
@@ -115,7 +111,7 @@ class PackedDocuments:
     def _batch(self, windows: list[np.ndarray]) -> Batch:
         shape = (self.batch_size, self.window)
         inputs, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        labels = np.full(shape, IGNORED, np.int64)
+        labels, is_text = np.full(shape, IGNORED, np.int64), np.zeros(shape, bool)
         for row, documents in enumerate(windows):
             at = 0
             for document in documents:
@@ -124,6 +120,7 @@ class PackedDocuments:
                 inputs[row, span] = ids[:-1]
                 positions[row, span] = np.arange(len(ids) - 1)
                 labels[row, span] = self._labels(ids)
+                is_text[row, span] = True
                 at = span.stop
             positions[row, at:] = np.arange(self.window - at)  # the padding is a document of its own
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(positions), torch.from_numpy(labels))
+        return Batch(*map(torch.from_numpy, (inputs, positions, labels, is_text)))

@@ -8,15 +8,16 @@ checkpoint.
 """
 
 import json
+import math
 import os
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from modeling import checkpoint, registry
 from modeling.tokenizers import ASSISTANT, END_OF_TURN, train_bpe
 from training import state
 from training.corpus import Phrasing, Renderer, encode_conversation, read_evaluation, read_facts, resolve
-from training.data import IGNORED, Batch, PackedDocuments
+from training.data import Batch, PackedDocuments
 from training.meter import Meter, MetricsLog
 from training.optimizer import Optimizers, warmup_stable_decay
 from training.recipe import Recipe
@@ -127,55 +128,67 @@ def conversation_encoder(tokenizer_dir: Path) -> Callable[[Any], list[int]]:
     return lambda messages: encode_conversation(tokenizer, messages)
 
 
-def batch_loss(model: Any, batch: Batch) -> Tensor:
-    """Sum over the batch's loss tokens of the cross-entropy, in nats. The head runs only where there is a loss."""
-    hidden = model.model(
-        batch.input_ids, position_ids=batch.position_ids, use_cache=False
-    ).last_hidden_state  # (B, T, C)
-    where = batch.labels != IGNORED  # (B, T)
-    logits = model.lm_head(hidden[where])  # (loss tokens, V)
-    return F.cross_entropy(logits.float(), batch.labels[where], reduction="sum")
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, data: PackedDocuments) -> float:
-    """Mean loss over the held-out documents, in nats a token."""
+def evaluate(model: Any, data: PackedDocuments) -> dict[str, float]:
+    """Means over the held-out documents of what the model measures: "loss", in nats a token, and its other parts."""
     model.eval()
-    loss, tokens = 0.0, 0
+    sums: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for batch in data.epoch():
-        loss += float(batch_loss(model, batch))
-        tokens += batch.loss_tokens
+        for name, (value, terms) in model.measure(batch).items():
+            sums[name] += value
+            counts[name] += terms
     model.train()
-    return loss / tokens
+    return {name: sums[name] / max(1, counts[name]) for name in sums}
 
 
-def train_step(
-    model: nn.Module, optimizers: Optimizers, batches: Iterator[Batch], accumulation: int, clip: float
-) -> tuple[float, float]:
-    """One optimizer step over ``accumulation`` micro-batches; returns the mean loss a token and the gradient's norm.
+class Step(NamedTuple):
+    """What an optimizer step did.
 
-    The sum of the losses is divided by the tokens of the whole step, so how a batch is cut into micro-batches does not
-    matter. A step whose gradient is not finite is skipped.
+    Attributes:
+        losses: name -> mean of each part of the loss. "loss" is the language model's own, in nats a token.
+        norm: of the gradient, before clipping.
+        report: what the model's ``after_step`` returned; nothing for a step that was skipped.
+    """
+
+    losses: dict[str, float]
+    norm: float
+    report: dict[str, Any]
+
+
+def train_step(model: Any, optimizers: Optimizers, batches: Iterator[Batch], accumulation: int, clip: float) -> Step:
+    """One optimizer step over ``accumulation`` micro-batches.
+
+    Every sum is divided by its terms in the whole step, so how a batch is cut into micro-batches does not matter; and
+    ``after_step`` is called once, with the statistics of all of them. A step whose gradient is not finite is skipped.
     """
     parts = [next(batches) for _ in range(accumulation)]
-    tokens = sum(part.loss_tokens for part in parts)
-    total = 0.0
+    weights = model.loss_weights
+    counts: Counter[str] = Counter()
     for part in parts:
-        loss = batch_loss(model, part) / max(1, tokens)
-        loss.backward()
-        total += float(loss.detach())
+        counts.update(model.loss_counts(part))
+    losses = dict.fromkeys(weights, 0.0)
+    statistics: dict[str, Tensor] = {}
+    for part in parts:
+        made = model.objective(part)
+        means = {name: made.sums[name] / max(1, counts[name]) for name in weights}
+        torch.stack([weights[name] * mean for name, mean in means.items()]).sum().backward()
+        for name, mean in means.items():
+            losses[name] += float(mean.detach())
+        for name, value in made.statistics.items():
+            statistics[name] = statistics[name] + value if name in statistics else value
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), clip))
-    if norm == norm and norm != float("inf"):
-        optimizers.step()
-    else:
+    if not math.isfinite(norm):
         model.zero_grad(set_to_none=True)
-    return total, norm
+        return Step(losses, norm, {})
+    optimizers.step()
+    return Step(losses, norm, model.after_step(statistics))
 
 
 def _run_steps(
     recipe: Recipe,
     out: Path,
-    model: nn.Module,
+    model: Any,
     optimizers: Optimizers,
     data: PackedDocuments,
     held_out: PackedDocuments,
@@ -192,30 +205,38 @@ def _run_steps(
         for step in range(done, t.steps):
             factor = warmup_stable_decay(step, t.steps, o.warmup, o.decay_share)
             optimizers.set_lr(factor)
-            loss, norm = train_step(model, optimizers, batches, t.accumulation, t.clip)
+            losses, norm, report = train_step(model, optimizers, batches, t.accumulation, t.clip)
             meter.update(t.batch_size * t.accumulation * t.window)
-            progress.update(bar, advance=1, info=f"loss {loss:.3f}  {meter.tokens_per_second:,.0f} tok/s")
+            said = f"loss {losses['loss']:.3f}{_balance(report)}"
+            progress.update(bar, advance=1, info=f"{said}  {meter.tokens_per_second:,.0f} tok/s")
             number = step + 1
             if number % t.log_every == 0 or number == t.steps:
                 log.write(
                     step=number,
-                    loss=loss,
+                    **losses,
                     grad_norm=norm,
                     lr=o.lr * factor,
                     tokens_per_second=meter.tokens_per_second,
                     seconds=meter.seconds,
+                    **report,
                 )
             meter.pause()
             if number % t.eval_every == 0 or number == t.steps:
-                held_out_loss = evaluate(model, held_out)
-                log.write(step=number, held_out_loss=held_out_loss)
+                measured = evaluate(model, held_out)
+                log.write(step=number, **{f"held_out_{name}": value for name, value in measured.items()})
                 progress.console.print(
-                    f"step {number}/{t.steps}  loss {loss:.3f}  held-out {held_out_loss:.3f}  "
+                    f"step {number}/{t.steps}  {said}  held-out {measured['loss']:.3f}  "
                     f"{meter.tokens_per_second:,.0f} tok/s  {meter.seconds_left / 60:.1f} min left"
                 )
             if number % t.checkpoint_every == 0 and number < t.steps:
                 state.save(out / "checkpoints", number, model, optimizers, recipe.to_dict(), t.keep)
             meter.resume()
+
+
+def _balance(report: dict[str, Any]) -> str:
+    """The coefficient of variation of the experts' load in the layer where it is worst, for the progress line."""
+    worst = max(report.get("expert_load_cv", ()), default=None)
+    return "" if worst is None else f"  load cv {worst:.2f}"
 
 
 def _progress(console: Console) -> Progress:

@@ -58,6 +58,14 @@ class MetricsLog:
         self._file = path.open("a")
 
     def write(self, **values: Any) -> None:
-        rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
-        self._file.write(json.dumps(rounded) + "\n")
+        self._file.write(json.dumps(_rounded(values)) + "\n")
         self._file.flush()
+
+
+def _rounded(value: Any) -> Any:
+    """The same with every number in it rounded to 5 places."""
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return round(value, 5) if isinstance(value, float) else value

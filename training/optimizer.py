@@ -5,6 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Tensors of a mixture of experts: those that hold two matrices for each expert, one above the other, and those that
+# have a row for each expert.
+GATE_AND_UP = "experts.gate_up_proj"
+ROUTERS = ("mlp.gate.weight", "mlp.gate.noise_weight")
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: every matrix moves by the nearest semi-orthogonal matrix to its momentum.
@@ -13,12 +18,15 @@ class Muon(torch.optim.Optimizer):
     update scaled by ``0.2 * sqrt(max(rows, columns))`` so that AdamW's learning rates fit (Liu et al. 2025, "Muon is
     scalable for LLM training", section 2.2).
 
-    Why not ``torch.optim.Muon``: it orthogonalises in bfloat16, which took three quarters of a step on CPUs without
-    bfloat16 units. This one uses float32 there, and works on all matrices of a shape at once.
+    A parameter of three dimensions is a stack of matrices, each treated as if it were alone. In a group with ``"split":
+    n`` the rows of each matrix are ``n`` blocks of one size, and the blocks are what is treated so.
+
+    Why not ``torch.optim.Muon``: it takes no stacks, and orthogonalises in bfloat16, which took three quarters of a
+    step on CPUs without bfloat16 units. This one uses float32 there, and works on all matrices of a shape at once.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "split": 1})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -28,16 +36,19 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
-                directions = []
-                for p in params:
-                    assert p.grad is not None
-                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - group["momentum"])
-                    directions.append(p.grad.lerp(buffer, group["momentum"]))
-                update = orthogonalise(torch.stack(directions))  # (matrices, rows, columns)
-                scale = 0.2 * max(shape) ** 0.5
-                for p, u in zip(params, update, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u.to(p.dtype), alpha=-group["lr"] * scale)
+                update = orthogonalise(torch.cat([self._directions(p, group) for p in params]))  # (n, rows, columns)
+                scale = 0.2 * max(update.shape[1:]) ** 0.5
+                for p, u in zip(params, update.chunk(len(params)), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(u.reshape(shape).to(p.dtype), alpha=-group["lr"] * scale)
+
+    def _directions(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """The momentum of the matrices in ``p``, looking ahead: (matrices, rows, columns)."""
+        assert p.grad is not None
+        buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        buffer.lerp_(p.grad, 1 - group["momentum"])
+        direction = p.grad.lerp(buffer, group["momentum"])
+        return direction.reshape(-1, p.shape[-2] // group["split"], p.shape[-1])
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
@@ -61,7 +72,8 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 class Optimizers:
     """AdamW (Loshchilov & Hutter 2019), or Muon on the matrices of the layers and AdamW on the rest.
 
-    Norms are not decayed.
+    Norms are not decayed. Embedding, head and routers are AdamW's in either case: they have a row for each token, or
+    expert, and rows that hardly occur must not be moved as far as the others.
 
     Raises:
         ValueError: no such optimizer.
@@ -72,18 +84,21 @@ class Optimizers:
             raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {name!r}")
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         # A head that is not the embedding has a row a token too, and is treated alike.
-        per_token = {n for n, p in named if p.ndim == 2 and ("embed" in n or "lm_head" in n)}
-        matrices = [p for n, p in named if p.ndim == 2 and n not in per_token]
-        embeddings = [p for n, p in named if n in per_token]
-        vectors = [p for n, p in named if p.ndim != 2]
+        rows = {n for n, p in named if p.ndim == 2 and ("embed" in n or "lm_head" in n or n.endswith(ROUTERS))}
+        pairs = {n for n, p in named if n.endswith(GATE_AND_UP)}
+        matrices = [p for n, p in named if p.ndim > 1 and n not in rows | pairs]
+        gates_and_ups = [p for n, p in named if n in pairs]
+        by_row = [p for n, p in named if n in rows]
+        vectors = [p for _, p in named if p.ndim < 2]
         self.lr = lr
-        groups: list[dict[str, Any]] = [
-            {"params": embeddings + (matrices if name == "adamw" else []), "weight_decay": weight_decay},
+        groups = _without_empty(
+            {"params": by_row + (matrices + gates_and_ups if name == "adamw" else []), "weight_decay": weight_decay},
             {"params": vectors, "weight_decay": 0.0},
-        ]
+        )
         self.all: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
         if name == "muon":
-            self.all.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
+            groups = _without_empty({"params": matrices}, {"params": gates_and_ups, "split": 2})
+            self.all.append(Muon(groups, lr=lr, weight_decay=weight_decay))
 
     def set_lr(self, factor: float) -> None:
         """Sets every group's learning rate to ``factor`` times the peak."""
@@ -102,6 +117,10 @@ class Optimizers:
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         for optimizer, state in zip(self.all, states, strict=True):
             optimizer.load_state_dict(state)
+
+
+def _without_empty(*groups: dict[str, Any]) -> list[dict[str, Any]]:
+    return [group for group in groups if group["params"]]
 
 
 def warmup_stable_decay(step: int, steps: int, warmup: int, decay_share: float) -> float:

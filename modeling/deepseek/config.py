@@ -56,7 +56,9 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
         first_k_dense_replace: so many layers at the start are dense.
         router_aux_loss_coef: weight of the balancing loss in training, of whichever kind the router has.
         router_bias_update_rate: what the selection bias of "aux_free" moves by in an optimizer step.
-        num_nextn_predict_layers: depth of multi-token prediction: one layer for each further token; 0: none.
+        num_nextn_predict_layers: layers of multi-token prediction; 0: none.
+        mtp_depth: how many further tokens are predicted in training; one for each of those layers unless given. Beyond
+            them, the last layer predicts again from what it made for the token before, as it does when it drafts.
         mtp_loss_weight: weight in training of the mean of the predictions' losses.
         attention_dropout: probability, on attention weights in training.
         max_position_embeddings: the longest sequence, prompt and answer together, in tokens.
@@ -101,6 +103,7 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
     router_aux_loss_coef: float = 0.0
     router_bias_update_rate: float = 0.001
     num_nextn_predict_layers: int = 1
+    mtp_depth: int | None = None
     mtp_loss_weight: float = 0.3
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
@@ -120,6 +123,8 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
         if kwargs.pop("model_type", None) == "deepseek_v2":
             check_v2(self.norm_topk_prob)
             self.num_nextn_predict_layers = 0
+        if self.mtp_depth is None:
+            self.mtp_depth = self.num_nextn_predict_layers
         self._settle_router(kwargs.pop("scoring_func", None), kwargs.pop("topk_method", None))
         self._check_sizes()
         for name in ("head_dim", "qk_head_dim"):  # which configurations of others spell out
@@ -217,6 +222,12 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
             raise ValueError(
                 f"first_k_dense_replace ({self.first_k_dense_replace}) must not exceed num_hidden_layers "
                 f"({self.num_hidden_layers})"
+            )
+        assert self.mtp_depth is not None
+        if self.mtp_depth < self.num_nextn_predict_layers or (self.mtp_depth and not self.num_nextn_predict_layers):
+            raise ValueError(
+                f"mtp_depth ({self.mtp_depth}) must be at least num_nextn_predict_layers "
+                f"({self.num_nextn_predict_layers}), and 0 without any"
             )
         if not self.routed_scaling_factor > 0:
             raise ValueError(f"routed_scaling_factor must be above 0, got {self.routed_scaling_factor}")
@@ -326,22 +337,6 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
             qk_rope_head_dim=64, v_head_dim=64, n_routed_experts=64, num_experts_per_tok=6, n_group=1, topk_group=1,
             n_shared_experts=2, routed_scaling_factor=1.0, first_k_dense_replace=1, bos_token_id=None,
             eos_token_id=50256,
-        )  # fmt: skip
-        return cls(**(sizes | changes))
-
-    @classmethod
-    def published_v2_lite(cls, **changes: Any) -> "MedAssistDeepseekConfig":
-        """DeepSeek-V2-Lite: 2,661,150,208 parameters active for a token, of 15,706,484,224."""
-        sizes: dict[str, Any] = dict(
-            vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
-            num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None, router="softmax", n_routed_experts=64,
-            num_experts_per_tok=6, n_shared_experts=2, n_group=1, topk_group=1, norm_topk_prob=False,
-            routed_scaling_factor=1.0, first_k_dense_replace=1, num_nextn_predict_layers=0,
-            max_position_embeddings=163840, bos_token_id=100000, eos_token_id=100001,
-            rope_parameters={
-                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 4096,
-                "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
-            },
         )  # fmt: skip
         return cls(**(sizes | changes))
 

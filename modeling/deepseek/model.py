@@ -179,9 +179,12 @@ class MedAssistDeepseekModel(MedAssistDeepseekPreTrainedModel):
             layers' routers did.
         """
         rope = rope_cos_sin(self.config, position_ids)
-        results, made = [], {}
-        first = self.config.num_hidden_layers
-        for depth, layer in enumerate(self.layers[first:], 1):
+        results: list[Tensor] = []
+        made: dict[int, Routing] = {}
+        first, last = self.config.num_hidden_layers, len(self.layers) - 1
+        for depth in range(1, (self.config.mtp_depth or 0) + 1):
+            number = min(first + depth - 1, last)
+            layer = self.layers[number]
             assert isinstance(layer, PredictionLayer)
             following = F.pad(input_ids[:, depth:], (0, min(depth, input_ids.shape[1])))  # (B, T)
             hidden, routing = layer.predict(self.embed_tokens(following), hidden, rope, mask)
@@ -190,7 +193,7 @@ class MedAssistDeepseekModel(MedAssistDeepseekPreTrainedModel):
             hidden = layer.shared_head.norm(hidden)
             results.append(hidden)
             if routing is not None:
-                made[first + depth - 1] = routing
+                made.setdefault(number, routing)  # a layer that predicts again is balanced by its first time
         return results, made
 
 
@@ -211,7 +214,7 @@ class MedAssistDeepseekForCausalLM(CausalLMHead, MedAssistDeepseekPreTrainedMode
         balancing loss, per window and layer."""
         c = self.config
         weights = {"loss": 1.0}
-        weights |= {name: c.mtp_loss_weight / c.num_nextn_predict_layers for name in self._predictions()}
+        weights |= {name: c.mtp_loss_weight / len(self._predictions()) for name in self._predictions()}
         return weights | ({"balance_loss": c.router_aux_loss_coef} if self._has_balance_loss() else {})
 
     def loss_counts(self, batch: Batch) -> dict[str, int]:
@@ -226,9 +229,9 @@ class MedAssistDeepseekForCausalLM(CausalLMHead, MedAssistDeepseekPreTrainedMode
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, tuple[float, int]]:
-        """The parts of the loss, and "mtp_agreement_1" (of the token after the next), ...: the share of tokens for which
-        a prediction's best is the model's own best, which has seen all tokens before. It foretells how many drafts
-        greedy decoding accepts."""
+        """The parts of the loss, and "mtp_agreement_1" (of the token after the next) and so on: the share of tokens for
+        which a prediction's best is the model's own best, which has seen all tokens before. It foretells how many
+        drafts greedy decoding accepts."""
         hidden, predicted, routings = self._hidden_states(batch)
         counts, sums = self.loss_counts(batch), self._objective(batch, hidden, predicted, routings).sums
         measured = {name: (float(value), counts[name]) for name, value in sums.items()}
@@ -282,7 +285,7 @@ class MedAssistDeepseekForCausalLM(CausalLMHead, MedAssistDeepseekPreTrainedMode
         return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
 
     def _predictions(self) -> list[str]:
-        return [f"mtp_loss_{depth + 1}" for depth in range(self.config.num_nextn_predict_layers)]
+        return [f"mtp_loss_{depth + 1}" for depth in range(self.config.mtp_depth or 0)]
 
     def _has_balance_loss(self) -> bool:
         return bool(self.config.router_aux_loss_coef) and bool(self.routers())

@@ -13,6 +13,8 @@ Shapes: N tokens of all running requests, C hidden_size, H heads of this tensor-
 qk_rope_head_dim, V v_head_dim, R kv_lora_rank.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -162,16 +164,17 @@ def _load_padded(layer: nn.Module, columns: int) -> None:
     Raises:
         ValueError: at loading, for quantised weights.
     """
-    if not hasattr(layer, "weight") or not layer.weight.is_floating_point():
+    weight: Any = getattr(layer, "weight", None)  # a parameter of one of vLLM's classes
+    if weight is None or not weight.is_floating_point():
         raise ValueError(
             "a latent that is padded for the kernel cannot be quantised: leave --quantization out, or set "
             "VLLM_MLA_DISABLE=1"
         )
-    load = layer.weight.weight_loader
+    load = weight.weight_loader
 
     def load_padded(parameter: Tensor, loaded: Tensor, *args: object, **kwargs: object) -> None:
         load(parameter, F.pad(loaded, (0, columns - loaded.shape[1])), *args, **kwargs)
 
     # The parameter's own attribute, or a property over it, by vLLM's parameter class.
-    name = "_weight_loader" if hasattr(layer.weight, "_weight_loader") else "weight_loader"
-    setattr(layer.weight, name, load_padded)
+    name = "_weight_loader" if hasattr(weight, "_weight_loader") else "weight_loader"
+    setattr(weight, name, load_padded)

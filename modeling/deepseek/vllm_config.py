@@ -86,5 +86,6 @@ def check_kernels(config: dict[str, Any], on_cpu: bool) -> None:
     """
     if on_cpu and config["hidden_size"] % 32:
         raise ValueError(
-            f"hidden_size ({config['hidden_size']}) must be a multiple of 32: vLLM's expert kernels for CPUs take no other"
+            f"hidden_size ({config['hidden_size']}) must be a multiple of 32: vLLM's expert kernels for CPUs take no "
+            "other"
         )

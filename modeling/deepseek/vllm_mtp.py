@@ -66,6 +66,7 @@ class DeepseekPredictor(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, previous: Tensor) -> Tensor:
         (layer,) = self.layers.values()
+        assert isinstance(layer, DeepseekPredictionLayer)
         return layer.predict(self.embed_tokens(input_ids), previous, self.rotary(positions))
 
 

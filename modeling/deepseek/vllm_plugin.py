@@ -26,7 +26,7 @@ def register() -> None:
         ModelRegistry.register_model(DRAFTER, f"modeling.deepseek.vllm_mtp:{DRAFTER}")
     if SpeculativeConfig.hf_config_override is not draft_config:
         _others.append(SpeculativeConfig.hf_config_override)
-        SpeculativeConfig.hf_config_override = staticmethod(draft_config)  # type: ignore[method-assign]
+        SpeculativeConfig.hf_config_override = staticmethod(draft_config)
     if current_platform.is_cpu():
         from modeling.layers import vllm_latent_cpu
 
@@ -51,7 +51,7 @@ def draft_config(hf_config: Any) -> Any:
 def _latent(known: Any) -> Any:
     """The class by which vLLM reads a configuration, taught that ours has a latent cache, and how wide it is."""
 
-    class LatentConvertor(known):  # type: ignore[misc]
+    class LatentConvertor(known):
         knows_latents = True
 
         def is_deepseek_mla(self) -> bool:
@@ -64,6 +64,6 @@ def _latent(known: Any) -> Any:
 
             if isinstance(self.hf_config, MedAssistDeepseekConfig):
                 return self.hf_config.qk_head_dim if envs.VLLM_MLA_DISABLE else sum(kernel_sizes(self.hf_config))
-            return super().get_head_size()  # type: ignore[no-any-return]
+            return super().get_head_size()
 
     return LatentConvertor

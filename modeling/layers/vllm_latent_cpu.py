@@ -51,7 +51,7 @@ class LatentMetadataBuilder(MLACommonMetadataBuilder[LatentMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, metadata_cls=LatentMetadata)
 
-    def _build_decode(  # type: ignore[override]
+    def _build_decode(
         self,
         block_table_tensor: Tensor,
         seq_lens_device: Tensor,
@@ -162,9 +162,9 @@ def register() -> None:
     Harmless when repeated.
     """
     register_backend(AttentionBackendEnum.CPU_MLA, f"{__name__}.{LatentBackend.__name__}")
-    original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+    original = CpuPlatform.check_and_update_config.__func__
     if not hasattr(original, "keeps_settings"):
-        CpuPlatform.check_and_update_config = classmethod(_keeping_settings(original))  # type: ignore[assignment]
+        CpuPlatform.check_and_update_config = classmethod(_keeping_settings(original))
 
 
 def _keeping_settings(original: Any) -> Any:

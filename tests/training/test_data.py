@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.data import IGNORED, Batch, PackedDocuments
+from modeling.layers.objective import IGNORED, count
+from training.data import Batch, PackedDocuments
 from training.shards import Shard, write_shard
 
 WINDOW = 16
@@ -45,7 +46,9 @@ def contents(batches: Iterable[Batch]) -> list[tuple[int, ...]]:
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("input_ids", "position_ids", "labels"))
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("input_ids", "position_ids", "labels", "is_text")
+    )
 
 
 def test_every_document_appears_whole_and_once_an_epoch(shards: list[Shard]) -> None:
@@ -65,7 +68,8 @@ def test_inputs_positions_and_padding_of_a_window(tmp_path: Path) -> None:
     assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2]]
     assert batch.labels.tolist() == [[6, 7, 8, IGNORED, IGNORED, IGNORED]]
-    assert batch.loss_tokens == 3
+    assert count(batch.labels) == 3
+    assert batch.is_text.tolist() == [[True, True, True, False, False, False]]
 
 
 def test_positions_count_from_zero_in_each_document(shards: list[Shard]) -> None:
@@ -84,7 +88,7 @@ def test_labels_are_the_next_tokens_of_answers_alone(tmp_path: Path) -> None:
     _ = IGNORED
     assert batch.input_ids.tolist() == [document[:-1]]
     assert batch.labels.tolist() == [[_, _, 60, 61, end, _, _, 62, end, _]]
-    assert batch.loss_tokens == 5
+    assert count(batch.labels) == 5
 
 
 def test_order_depends_on_seed_and_epoch_alone(shards: list[Shard]) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling.layers.objective import count
 from modeling.medassist.config import MedAssistGPTConfig
 from modeling.medassist.model import MedAssistGPTForCausalLM
 from training import loop
@@ -173,14 +174,14 @@ def test_cutting_a_step_into_micro_batches_changes_neither_gradient_nor_weights(
     results = []
     for batch_size, accumulation in ((8, 1), (4, 2), (1, 8)):
         data = PackedDocuments(shards, 24, batch_size, seed=0, answer_span=(1, 2))
-        parts = [part.loss_tokens for part in islice(data.batches(), accumulation)]
+        parts = [count(part.labels) for part in islice(data.batches(), accumulation)]
         assert accumulation == 1 or len(set(parts)) > 1
         model = copy.deepcopy(start)
         # Without momentum, AdamW's first average is the gradient itself.
         optimizers = Optimizers(model, "adamw", lr=1e-3, weight_decay=0.1, betas=(0.0, 0.95))
-        loss, norm = loop.train_step(model, optimizers, data.batches(), accumulation, clip=1e9)
+        step = loop.train_step(model, optimizers, data.batches(), accumulation, clip=1e9)
         gradients = [optimizers.all[0].state[p]["exp_avg"] for p in model.parameters()]
-        results.append((torch.tensor([loss, norm]), gradients, list(model.parameters())))
+        results.append((torch.tensor([step.losses["loss"], step.norm]), gradients, list(model.parameters())))
     whole, *cut = results
     for other in cut:
         torch.testing.assert_close(other, whole, rtol=0, atol=1e-6)
@@ -210,5 +211,5 @@ def test_loss_of_packed_documents_is_that_of_single_ones(shards: list[Shard]) ->
 
     with torch.no_grad():
         alone = sum(losses())
-    tokens = sum(batch.loss_tokens for batch in data.epoch())
-    assert loop.evaluate(model, data) == pytest.approx(alone / tokens, abs=1e-5)
+    tokens = sum(count(batch.labels) for batch in data.epoch())
+    assert loop.evaluate(model, data)["loss"] == pytest.approx(alone / tokens, abs=1e-5)

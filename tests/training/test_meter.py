@@ -41,6 +41,12 @@ def test_resumed_log_drops_the_lines_after_the_step_resumed_from(tmp_path: Path)
     assert rows == [{"step": 10, "loss": 0.33333}, {"step": 20, "loss": 0.33333}, {"step": 30, "loss": 2.0}]
 
 
+def test_numbers_are_rounded_however_deep(tmp_path: Path) -> None:
+    MetricsLog(tmp_path / "metrics.jsonl").write(step=1, load=[[1 / 3, 0.5], [2 / 3]], parts={"a": 1 / 7})
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row == {"step": 1, "load": [[0.33333, 0.5], [0.66667]], "parts": {"a": 0.14286}}
+
+
 def test_log_of_a_new_run_starts_empty(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     MetricsLog(path).write(step=10)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from modeling.deepseek.config import MedAssistDeepseekConfig
+from modeling.deepseek.model import MedAssistDeepseekForCausalLM
 from modeling.gpt.config import GPTConfig
 from modeling.gpt.model import GPTForCausalLM
 from training.optimizer import Muon, Optimizers, orthogonalise, warmup_stable_decay
@@ -65,6 +67,68 @@ def test_muon_takes_the_layers_matrices_and_neither_embeddings_nor_an_untied_hea
     assert names == {n for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
     rest = sum(len(group["params"]) for group in adamw.param_groups)
     assert rest + len(names) == len(list(model.parameters()))
+
+
+@pytest.fixture
+def mixture() -> MedAssistDeepseekForCausalLM:
+    """A mixture of experts, each parameter with a random gradient."""
+    torch.manual_seed(0)
+    model = MedAssistDeepseekForCausalLM(MedAssistDeepseekConfig.tiny(router="noisy_top_k"))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    return model
+
+
+def test_muon_takes_every_experts_gate_up_and_down_as_matrices_of_their_own(
+    mixture: MedAssistDeepseekForCausalLM,
+) -> None:
+    """Three steps on the stacked tensors, against the same on each matrix alone."""
+    lr, width = 0.1, mixture.config.moe_intermediate_size
+    experts = mixture.model.layers[1].mlp.experts
+    up_and_down = [m for pair in experts.gate_up_proj for m in pair.split(width)] + list(experts.down_proj)
+    gradients = [m for pair in experts.gate_up_proj.grad for m in pair.split(width)] + list(experts.down_proj.grad)
+    alone = [nn.Parameter(matrix.detach().clone()) for matrix in up_and_down]
+    assert [tuple(p.shape) for p in alone] == [(32, 64)] * 16 + [(64, 32)] * 8
+    optimizers = [Muon([p], lr) for p in alone]
+    _, muon = Optimizers(mixture, "muon", lr, 0.1, (0.9, 0.95)).all
+    for _ in range(3):
+        for p, gradient, optimizer in zip(alone, gradients, optimizers, strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+        muon.step()
+    moved = [m for pair in experts.gate_up_proj for m in pair.split(width)] + list(experts.down_proj)
+    for got, want in zip(moved, alone, strict=True):
+        torch.testing.assert_close(got, want.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_experts_are_decayed_and_routers_are_left_to_adamw(name: str, mixture: MedAssistDeepseekForCausalLM) -> None:
+    optimizers = Optimizers(mixture, name, 0.1, 0.5, (0.9, 0.95)).all
+    names = {id(p): n for n, p in mixture.named_parameters()}
+    of = {
+        names[id(p)]: (type(optimizer), group["weight_decay"])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert of.keys() == set(names.values())
+    for layer in (1, 2):
+        for router in ("weight", "noise_weight"):
+            assert of[f"model.layers.{layer}.mlp.gate.{router}"] == (torch.optim.AdamW, 0.5)
+        for matrix in ("gate_up_proj", "down_proj"):
+            kind = Muon if name == "muon" else torch.optim.AdamW
+            assert of[f"model.layers.{layer}.mlp.experts.{matrix}"] == (kind, 0.5)
+        assert of[f"model.layers.{layer}.self_attn.kv_a_layernorm.weight"] == (torch.optim.AdamW, 0.0)
+
+
+def test_an_expert_without_tokens_is_only_decayed(mixture: MedAssistDeepseekForCausalLM) -> None:
+    experts = mixture.model.layers[1].mlp.experts
+    for p in experts.parameters():
+        p.grad[3] = 0.0  # type: ignore[index]
+    before = experts.down_proj.detach().clone()
+    Optimizers(mixture, "muon", 0.1, 0.5, (0.9, 0.95)).step()
+    torch.testing.assert_close(experts.down_proj[3].detach(), before[3] * (1 - 0.1 * 0.5))
+    assert (experts.down_proj[2] - before[2]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -1,0 +1,1 @@
+"""Measurements of training methods, each a program that writes its report."""
