@@ -218,8 +218,8 @@ def check(model: str, checkpoint: Path, features: Features, on_cpu: bool, max_mo
     _check_parallel(model, config, features, on_cpu)
     if features.speculative == MTP and not config.get("num_nextn_predict_layers"):
         raise ValueError(
-            f"--speculative mtp: {model} has no layer of multi-token prediction (num_nextn_predict_layers); use ngram or "
-            "the directory of a smaller checkpoint"
+            f"--speculative mtp: {model} has no layer of multi-token prediction (num_nextn_predict_layers); use ngram "
+            "or the directory of a smaller checkpoint"
         )
     if isinstance(features.speculative, Path):
         _check_draft(model, checkpoint, config, features.speculative, longest)

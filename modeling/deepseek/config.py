@@ -72,7 +72,7 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
     model_type = "medassist_deepseek"
     keys_to_ignore_at_inference = ["past_key_values"]
     may_be_zero: ClassVar[tuple[str, ...]] = (
-        "qk_rope_head_dim", "n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"
+        "qk_rope_head_dim", "n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "mtp_depth"
     )  # fmt: skip
 
     vocab_size: int = 129280

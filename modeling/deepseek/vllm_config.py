@@ -4,6 +4,7 @@ from typing import Any
 
 from modeling.deepseek.config import MedAssistDeepseekConfig
 
+DRAFT_TYPE = "deepseek_mtp"  # vLLM's model_type of DeepSeek's drafting layers
 KERNEL_RANK, KERNEL_ROPE = 512, 64  # what vLLM's kernels for latent attention take
 
 
@@ -12,7 +13,20 @@ class ConfigUpdate:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Nothing to do: sizes and dtype are the checkpoint's."""
+        """Reads the configuration of a published checkpoint as one of ours.
+
+        It is used as it is, with vLLM's ``hf_overrides={"architectures": ["MedAssistDeepseekForCausalLM"]}``.
+
+        Raises:
+            ValueError: it has settings that are not supported; the message names them.
+        """
+        given = model_config.hf_config
+        if isinstance(given, MedAssistDeepseekConfig) or given.model_type == DRAFT_TYPE:
+            return
+        ours = MedAssistDeepseekConfig(**given.to_dict())
+        ours.name_or_path = given.name_or_path
+        model_config.hf_config = model_config.hf_text_config = ours
+        model_config.model_arch_config = model_config.get_model_arch_config()
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:

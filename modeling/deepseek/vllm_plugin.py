@@ -3,9 +3,9 @@
 from typing import Any
 
 from modeling.deepseek.config import MedAssistDeepseekConfig
+from modeling.deepseek.vllm_config import DRAFT_TYPE, kernel_sizes
 
 DRAFTER = "MedAssistDeepseekMTP"
-DRAFT_TYPE = "deepseek_mtp"  # vLLM's model_type of DeepSeek's drafting layers
 
 
 def register() -> None:
@@ -59,8 +59,6 @@ def _latent(known: Any) -> Any:
 
         def get_head_size(self) -> int:
             from vllm import envs
-
-            from modeling.deepseek.vllm_config import kernel_sizes
 
             if isinstance(self.hf_config, MedAssistDeepseekConfig):
                 return self.hf_config.qk_head_dim if envs.VLLM_MLA_DISABLE else sum(kernel_sizes(self.hf_config))

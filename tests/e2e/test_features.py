@@ -5,6 +5,7 @@ with the torch module, without a cache.
 """
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -304,5 +305,35 @@ def test_a_model_that_is_not_causal_says_what_it_costs(directory: Path) -> None:
             with torch.no_grad():
                 assert token == int(reference(torch.tensor([ids])).logits[0, -1].argmax())
             ids = [*ids, token]
+    finally:
+        server.stop()
+
+
+def test_a_model_drafts_for_itself_over_a_cache_of_latents(directory: Path) -> None:
+    """Multi-token prediction changes no token; the report has the size of the cache; repeated prompts come from it."""
+    target = write_random(directory / "latents", "medassist_deepseek")
+    server = Server(target, directory / "latents-logs", *SMALL_CACHE, "--speculative", "mtp")
+    try:
+        server.wait_ready()
+        reference = module(target)
+        config = reference.config
+        layer = (config.kv_lora_rank + config.qk_rope_head_dim) * 4  # bytes a token, in float32
+        size = f"{config.num_hidden_layers * layer:,} bytes a token and {layer:,} for drafting"
+        assert re.search(rf"KV cache for [\d,]+ tokens, {size}\n", server.log), server.log
+        for length in (1, 64, 130, 470):
+            ids = probe_ids(length, VOCABULARY)
+            assert differences(reference, ids, answer(server, ids, 40)).max() < TOLERANCE
+        assert server.engine_metric("spec_decode_num_draft_tokens_total") > 0
+        # Scores of a prompt are always computed; without them it may come from the cache.
+        body = {"model": server.model, "prompt": probe_ids(470, VOCABULARY), "max_tokens": 8, "temperature": 0,
+                "ignore_eos": True, "return_token_ids": True}  # fmt: skip
+        answers = []
+        for _ in range(2):
+            before = server.engine_metric("prefix_cache_hits_total")
+            status, text = server.post("/v1/completions", body)
+            assert status == 200, text
+            answers.append(json.loads(text)["choices"][0]["token_ids"])
+        assert server.engine_metric("prefix_cache_hits_total") - before >= 256
+        assert answers[0] == answers[1] == answer(server, body["prompt"], 8)["token_ids"]
     finally:
         server.stop()

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modeling.registry import REGISTRY
+from serving.engine import Engine
 from serving.features import RESERVED, default_dtype, read_config, split_arguments
 from serving.gateway.errors import from_engine
 from serving.serve import Options, plan
@@ -53,7 +54,21 @@ def value(arguments: list[str], option: str) -> str:
         ("tinymorfer", {}, {"pipeline_parallel": 3}, "m: its 2 layers cannot make 3"),
         ("medassist_gpt", {}, {"pipeline_parallel": 2, "speculative": "ngram"},
          "m: .*speculation across pipeline stages"),
-        ("medassist_gpt", {}, {"speculative": "nowhere"}, "--speculative must be ngram or a checkpoint directory"),
+        ("medassist_gpt", {}, {"speculative": "nowhere"}, "--speculative must be ngram, mtp or a checkpoint directory"),
+        ("medassist_gpt", {}, {"speculative": "mtp"},
+         r"--speculative mtp: m has no layer of multi-token prediction \(num_nextn_predict_layers\)"),
+        ("medassist_deepseek", {"num_nextn_predict_layers": 0}, {"speculative": "mtp"},
+         r"--speculative mtp: m has no layer of multi-token prediction \(num_nextn_predict_layers\)"),
+        ("medassist_deepseek", {}, {"pipeline_parallel": 2, "speculative": "mtp"},
+         "m: .*speculation across pipeline stages"),
+        ("medassist_gpt", {}, {"expert_parallel": True, "tensor_parallel": 2}, "--expert-parallel: m has no experts"),
+        ("medassist_deepseek", {"n_routed_experts": 7, "n_group": 1, "topk_group": 1},
+         {"expert_parallel": True, "tensor_parallel": 2}, "m: its 7 experts cannot be shared by 2 expert-parallel"),
+        ("medassist_deepseek", {"moe_intermediate_size": 33}, {"tensor_parallel": 2},
+         "m: its moe_intermediate_size of 33 cannot be shared by 2"),
+        # Whole experts are kept together, but the shared ones are always split.
+        ("medassist_deepseek", {"moe_intermediate_size": 33}, {"tensor_parallel": 2, "expert_parallel": True},
+         r"m: its n_shared_experts \* moe_intermediate_size of 33 cannot be shared by 2"),
     ],
     ids=str,
 )  # fmt: skip
@@ -118,6 +133,44 @@ def test_adapters_belong_to_a_model(make: Make, tmp_path: Path) -> None:
             plan(named, Options(adapters=(option,)))
 
 
+def test_whole_experts_need_not_be_divisible(make: Make) -> None:
+    base = make("base", "medassist_deepseek", moe_intermediate_size=33, n_shared_experts=2)
+    with pytest.raises(ValueError, match="its moe_intermediate_size of 33"):
+        plan({"m": base}, Options(tensor_parallel=2))
+    assert "--enable-expert-parallel" in arguments(base, tensor_parallel=2, expert_parallel=True)
+    assert "--enable-expert-parallel" not in arguments(base)
+
+
+def test_a_model_drafts_for_itself(make: Make) -> None:
+    base = make("base", "medassist_deepseek")
+    given = value(arguments(base, speculative="mtp", speculative_tokens=2), "--speculative-config")
+    assert json.loads(given) == {"method": "mtp", "num_speculative_tokens": 2}
+
+
+def test_adapters_are_refused_where_vllm_folds_what_they_adapt(make: Make, tmp_path: Path) -> None:
+    base = make("base", "medassist_deepseek")
+    write_adapter(tmp_path / "a", base, ["o_proj"])
+    with pytest.raises(ValueError, match=r"^m: no adapters can be served for it: its keys and values are .*Merge mine"):
+        plan({"m": base}, Options(adapters=(f"mine={tmp_path / 'a'}",)))
+
+
+def test_the_size_of_the_cache_is_told(make: Make, tmp_path: Path) -> None:
+    """From lines of a log, of which stages of a pipeline have one each."""
+    base = make("base", "medassist_deepseek")
+    engines, _ = plan({"m": base}, Options())
+    engine = Engine("m", base, engines["m"], tmp_path)
+    assert engine._cache_report() == ""
+    for line in (
+        "INFO KV cache: 640 bytes a token, in 2 layers",
+        "INFO KV cache: 1280 bytes a token, in 4 layers",
+        "INFO KV cache: 320 bytes a token for drafting, in 1 layers",
+    ):
+        engine._note_cache(line)
+    assert engine._cache_report() == "", "how many tokens fit is not known yet"
+    engine._note_cache("INFO CPU KV cache size: 1,048,576 tokens")
+    assert engine._cache_report() == "KV cache for 1,048,576 tokens, 1,280 bytes a token and 320 for drafting"
+
+
 def test_vllm_is_given_room_for_adapters_and_no_more(make: Make, tmp_path: Path) -> None:
     base = make("base")
     write_adapter(tmp_path / "a", base, ["q_proj"], rank=9)
@@ -175,6 +228,10 @@ def test_dtype_follows_the_weights(make: Make, tmp_path: Path) -> None:
         ("--kv-cache-mem 9", "say --kv-cache-gib to"),
         ("-tp 2", "say --tensor-parallel-size to"),
         ("-t=2", "-tp, which"),
+        ("--enable-expert-parallel", "say --expert-parallel to"),
+        ("--no-enable-expert-parallel", "say --expert-parallel to"),
+        ("--enable-expert-p", "--enable-expert-parallel, which"),
+        ("-ep", "say --expert-parallel to"),
         ("-qfp8", "say --quantization to"),
         ("--speculative-config.method ngram", "say --speculative to"),
         ("-sc.method=ngram", "say --speculative to"),

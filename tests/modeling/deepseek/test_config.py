@@ -157,7 +157,7 @@ def test_defaults_are_deepseek_v3_and_it_has_the_published_size() -> None:
     assert round(active / 1e9) in (37, 38)
 
 
-@pytest.mark.parametrize("preset", ["demo", "base_382m", "published_v2_lite"])
+@pytest.mark.parametrize("preset", ["demo", "base_382m"])
 def test_parameters_of_presets_are_those_of_their_descriptions(preset: str) -> None:
     total, active = counted(getattr(MedAssistDeepseekConfig, preset)())
     described = getattr(MedAssistDeepseekConfig, preset).__doc__
