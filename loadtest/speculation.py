@@ -4,8 +4,9 @@
 greedy answers to questions, one sequence at a time:
 
     speed-up           tokens per second with drafts over those without, of the same round; the median of rounds
-    accepted           accepted of drafted tokens
-    tokens a step      1 + accepted tokens over steps: how many tokens a pass over the model gives
+    tokens a step      tokens that a pass over the model gives, those of prompts left out
+    accepted           tokens a step beyond the first, over those drafted; what an answer's end cuts off is not counted
+    at each place      share of passes in which the first drafted token was accepted, the second, ...
     step               seconds of a turn over its passes, next to that without drafts
     if memory decides  the speed-up on a device whose passes take as long as their weights are read (most GPUs at one
                        sequence): tokens a step over the bytes of a step with drafts, relative to one without
@@ -86,18 +87,15 @@ def summarise(turns: list[dict[str, Any]]) -> list[Row]:
         tokens = [sum(map(len, turn["answers"])) for turn in own]
         rates = [count / turn["seconds"] for count, turn in zip(tokens, own, strict=True)]
         base = [sum(map(len, plain[t["round"]]["answers"])) / plain[t["round"]]["seconds"] for t in own]
-        steps = sum(turn["counters"]["num_drafts"][0] for turn in own) if drafted else 0
-        by_place: list[float] = []
-        if drafted:
-            accepted = [turn["counters"]["num_accepted_tokens_per_pos"] for turn in own]
-            by_place = [sum(places) / steps for places in zip(*accepted, strict=True)][:drafted]
+        gained = [count for turn in own for count in turn["gained"]]
+        by_place = [sum(count > place for count in gained) / len(gained) for place in range(1, drafted + 1)]
         rows.append(
             Row(
                 drafted,
                 median(rates),
                 median(1e3 * turn["cpu"] / count for turn, count in zip(own, tokens, strict=True)),
                 [rate / other for rate, other in zip(rates, base, strict=True)],
-                1 + sum(by_place),
+                sum(gained) / len(gained),
                 by_place,
                 all(turn["answers"] == plain[turn["round"]]["answers"] for turn in own),
             )

@@ -5,23 +5,23 @@
 They live side by side and take turns on the same prompts, one sequence at a time, so that only the drafts differ.
 """
 
+import itertools
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 
-COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos")
-
 
 class Contender:
     """An engine that drafts ``drafted`` tokens at a time; 0: none."""
 
     def __init__(self, checkpoint: str, drafted: int, options: dict[str, Any]) -> None:
-        self.drafted = drafted
+        self.drafted, self.numbers = drafted, itertools.count()
         speculation = {"method": "mtp", "num_speculative_tokens": drafted}
         self.llm = LLM(
             checkpoint,
@@ -30,36 +30,40 @@ class Contender:
             max_num_seqs=8,
             kv_cache_memory_bytes=64 * 2**20,
             enable_prefix_caching=False,
-            disable_log_stats=False,
             distributed_executor_backend="uni",
             **({"speculative_config": speculation} if drafted else {}),
         )
 
     def turn(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        """One answer after the other: token ids, seconds of the wall clock and of the processor, and draft counts."""
+        """One answer after the other.
+
+        Returns:
+            Token ids of the "answers", "seconds" of the wall clock, "cpu" seconds, and "gained": how many tokens each
+            step after a prompt's own gave.
+        """
         greedy = SamplingParams(temperature=0, max_tokens=new_tokens, detokenize=False)
-        before, began, cpu = counters(self.llm), time.perf_counter(), time.process_time()
-        answers = [
-            list(self.llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)[0].outputs[0].token_ids)
-            for prompt in prompts
-        ]
+        began, cpu = time.perf_counter(), time.process_time()
+        answers: list[list[int]] = []
+        gained: list[int] = []
+        for prompt in prompts:
+            lengths = self._answer(prompt, greedy, answers)
+            gained += [later - earlier for earlier, later in pairwise(lengths)]
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        after = counters(self.llm)
-        counted = {
-            name: [b - a for a, b in zip(before.get(name, [0] * len(values)), values, strict=False)]
-            for name, values in after.items()
-        }
-        return {"drafted": self.drafted, "seconds": seconds, "cpu": cpu, "answers": answers, "counters": counted}
+        return {"drafted": self.drafted, "seconds": seconds, "cpu": cpu, "answers": answers, "gained": gained}
 
-
-def counters(llm: Any) -> dict[str, list[int]]:
-    """The engines of a process share their counters, so that only differences over a turn mean something."""
-    found = {}
-    for metric in llm.get_metrics():
-        name = metric.name.removeprefix("vllm:spec_decode_")
-        if name in COUNTERS:
-            found[name] = list(metric.values) if hasattr(metric, "values") else [metric.value]
-    return found
+    def _answer(self, prompt: list[int], sampling: Any, answers: list[list[int]]) -> list[int]:
+        """Adds an answer, and returns how long it was after each step that gave a token."""
+        engine = self.llm.llm_engine
+        engine.add_request(str(next(self.numbers)), {"prompt_token_ids": prompt}, sampling)
+        lengths: list[int] = []
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                ids = output.outputs[0].token_ids
+                if len(ids) > (lengths[-1] if lengths else 0):
+                    lengths.append(len(ids))
+                if output.finished:
+                    answers.append(list(ids))
+        return lengths
 
 
 def main(specification: Path, out: Path) -> None:

@@ -47,8 +47,11 @@ class Muon(torch.optim.Optimizer):
         assert p.grad is not None
         buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
         buffer.lerp_(p.grad, 1 - group["momentum"])
-        direction = p.grad.lerp(buffer, group["momentum"])
-        return direction.reshape(-1, p.shape[-2] // group["split"], p.shape[-1])
+        matrices = (-1, p.shape[-2] // group["split"], p.shape[-1])
+        direction = p.grad.lerp(buffer, group["momentum"]).reshape(matrices)
+        # An expert without tokens stays: its old momentum, however small, would be made as long as any other.
+        idle = (p.grad.reshape(matrices) == 0).all(-1).all(-1)
+        return direction.masked_fill(idle[:, None, None], 0.0)
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:

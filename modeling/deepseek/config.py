@@ -1,8 +1,8 @@
 """Configuration of the DeepSeek-style models, and their sizes."""
 
 import inspect
-import math
 import re
+import sys
 import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -23,6 +23,8 @@ MUST_BE = {"moe_layer_freq": 1, "hidden_act": "silu", "mlp_bias": False, "pretra
 MEANINGLESS = ("auto_map", "ep_size", "aux_loss_alpha", "seq_aux", "output_router_logits")
 ROPE_NUMBERS = ("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
                 "mscale_all_dim", "attention_factor")  # fmt: skip
+ROPE_SETTINGS = (*ROPE_NUMBERS, "rope_type", "truncate", "partial_rotary_factor")
+BETA_FAST, BETA_SLOW = 32, 1  # transformers' defaults for YaRN, which are its paper's
 
 
 class MedAssistDeepseekConfig(PreTrainedConfig):
@@ -58,7 +60,7 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
         router_bias_update_rate: what the selection bias of "aux_free" moves by in an optimizer step.
         num_nextn_predict_layers: layers of multi-token prediction; 0: none.
         mtp_depth: how many further tokens are predicted in training; one for each of those layers unless given. Beyond
-            them, the last layer predicts again from what it made for the token before, as it does when it drafts.
+            them, the last layer predicts again from what it made for the token before, much as it does when it drafts.
         mtp_loss_weight: weight in training of the mean of the predictions' losses.
         attention_dropout: probability, on attention weights in training.
         max_position_embeddings: the longest sequence, prompt and answer together, in tokens.
@@ -66,7 +68,8 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
             published code.
 
     Raises:
-        ValueError: sizes that do not fit together; the message names the fields.
+        ValueError: sizes that do not fit together; the message names the fields. Fields that ``from_pretrained`` is
+            given are set in a configuration that is built already: :meth:`check` refuses these.
     """
 
     model_type = "medassist_deepseek"
@@ -123,17 +126,34 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
         if kwargs.pop("model_type", None) == "deepseek_v2":
             check_v2(self.norm_topk_prob)
             self.num_nextn_predict_layers = 0
-        if self.mtp_depth is None:
-            self.mtp_depth = self.num_nextn_predict_layers
-        self._settle_router(kwargs.pop("scoring_func", None), kwargs.pop("topk_method", None))
-        self._check_sizes()
+        self._translate_router(kwargs.pop("scoring_func", None), kwargs.pop("topk_method", None))
+        self.rope_parameters = merged_rope(
+            self.rope_parameters, kwargs.pop("rope_scaling", None), kwargs.pop("rope_theta", None)
+        )
+        self.check()
         for name in ("head_dim", "qk_head_dim"):  # which configurations of others spell out
             if (given := kwargs.pop(name, None)) not in (None, getattr(self, name)):
                 raise ValueError(f"{name} follows from the other widths: it is {getattr(self, name)}, got {given!r}")
+        super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        """Puts what None stands for in its place, and refuses what does not fit. Fields may have been set since the
+        configuration was built; a second call changes nothing.
+
+        Raises:
+            ValueError: as when it is built.
+        """
+        self._check_types()
+        self._settle()
+        self._check_sizes()
         self._check_attention()
         self._check_experts()
-        self._settle_rope(kwargs)
-        super().__post_init__(**kwargs)
+        self._check_rope()
+
+    @property
+    def prediction_depth(self) -> int:
+        """How many further tokens are predicted in training."""
+        return self.num_nextn_predict_layers if self.mtp_depth is None else self.mtp_depth
 
     @property
     def head_dim(self) -> int:
@@ -171,13 +191,15 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
         """JSON's ``true`` is an ``int`` of Python's, and a string fails only where it is computed with."""
         for name, annotation in inspect.get_annotations(type(self)).items():
             kinds, value = set(typing.get_args(annotation)) or {annotation}, getattr(self, name, None)
-            if typing.get_origin(annotation) is ClassVar or name.endswith("_token_id"):
+            if typing.get_origin(annotation) is ClassVar:
+                continue
+            if name == "eos_token_id" and isinstance(value, list) and value and all(map(_is_whole, value)):
                 continue
             wanted = ""
             if value is None:
                 wanted = "" if type(None) in kinds else "given"
-            elif int in kinds and (isinstance(value, bool) or not isinstance(value, int)):
-                wanted = "a whole number"
+            elif int in kinds and not _is_whole(value):
+                wanted = "a whole number" + (" or a list of them" if name == "eos_token_id" else "")
             elif float in kinds and not _is_number(value):
                 wanted = "a finite number"
             elif bool in kinds and not isinstance(value, bool):
@@ -189,21 +211,31 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
             if wanted:
                 raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
-    def _settle_router(self, scoring: str | None, method: str | None) -> None:
+    def _translate_router(self, scoring: str | None, method: str | None) -> None:
         published = published_router(scoring, method)
-        if self.router is None:
-            self.router = published or "aux_free"
-        if self.router not in ROUTERS:
-            raise ValueError(f"router must be one of {', '.join(ROUTERS)}, got {self.router!r}")
-        if published and self.router != published:
+        if published and self.router not in (None, published):
+            self._check_router()
             raise ValueError(
                 f"router {self.router!r} contradicts scoring_func and topk_method, which say {published!r}: leave "
                 "one out"
             )
-        # One group is none.
-        self.n_group, self.topk_group = self.n_group or 1, self.topk_group or self.n_group or 1
+        if self.router is None:
+            self.router = published
         if method == "greedy":  # the published setting that says that groups do not matter
             self.n_group = self.topk_group = 1
+
+    def _check_router(self) -> None:
+        if self.router not in ROUTERS:
+            raise ValueError(f"router must be one of {', '.join(ROUTERS)}, got {self.router!r}")
+
+    def _settle(self) -> None:
+        if self.router is None:
+            self.router = "aux_free"
+        self._check_router()
+        if self.n_group is None:
+            self.n_group = 1
+        if self.topk_group is None:
+            self.topk_group = self.n_group
         self.n_shared_experts = self.n_shared_experts or 0
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -216,18 +248,17 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in (*self.may_be_zero, "router_aux_loss_coef", "router_bias_update_rate", "mtp_loss_weight",
                      "initializer_range"):  # fmt: skip
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise ValueError(
                 f"first_k_dense_replace ({self.first_k_dense_replace}) must not exceed num_hidden_layers "
                 f"({self.num_hidden_layers})"
             )
-        assert self.mtp_depth is not None
-        if self.mtp_depth < self.num_nextn_predict_layers or (self.mtp_depth and not self.num_nextn_predict_layers):
+        depth, predictions = self.prediction_depth, self.num_nextn_predict_layers
+        if depth < predictions or (depth and not predictions):
             raise ValueError(
-                f"mtp_depth ({self.mtp_depth}) must be at least num_nextn_predict_layers "
-                f"({self.num_nextn_predict_layers}), and 0 without any"
+                f"mtp_depth ({depth}) must be at least num_nextn_predict_layers ({predictions}), and 0 without any"
             )
         if not self.routed_scaling_factor > 0:
             raise ValueError(f"routed_scaling_factor must be above 0, got {self.routed_scaling_factor}")
@@ -272,26 +303,36 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
             raise ValueError("router 'noisy_top_k' has neither groups nor weights that do not sum to 1: "
                              "n_group must be 1 and norm_topk_prob true")  # fmt: skip
 
-    def _settle_rope(self, kwargs: dict[str, Any]) -> None:
+    def _check_rope(self) -> None:
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
-        if (theta := kwargs.pop("rope_theta", None)) is not None:  # where older configurations keep it
-            rope["rope_theta"] = theta
-        if scaling := kwargs.pop("rope_scaling", None):
-            if not isinstance(scaling, dict):
-                raise ValueError(f"rope_scaling must be a dictionary, got {scaling!r}")
-            rope |= {("rope_type" if key == "type" else key): value for key, value in scaling.items()}
-        rope |= self.rope_parameters or {}
+        rope |= merged_rope(self.rope_parameters)
+        if unknown := [name for name in rope if name not in ROPE_SETTINGS]:
+            raise ValueError(
+                f"rope_parameters.{unknown[0]} is not known; settings are {', '.join(sorted(ROPE_SETTINGS))}"
+            )
         if rope["rope_type"] not in ROPE_TYPES:
             raise ValueError(
                 f"rope_parameters.rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope['rope_type']!r}"
             )
         for name in ROPE_NUMBERS:
-            if rope.get(name) is not None and not _is_number(rope[name]):
+            may_be_none = name not in ("rope_theta", "original_max_position_embeddings")
+            if name in rope and not _is_number(rope[name]) and not (may_be_none and rope[name] is None):
                 raise ValueError(f"rope_parameters.{name} must be a finite number, got {rope[name]!r}")
         if not rope["rope_theta"] > 1:
             raise ValueError(f"rope_parameters.rope_theta must be above 1, got {rope['rope_theta']!r}")
         rope["rope_theta"] = float(rope["rope_theta"])
-        if (rope.get("partial_rotary_factor") or 1) != 1:
+        for name in ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"):
+            if rope.get(name) is not None and not rope[name] > 0:
+                raise ValueError(f"rope_parameters.{name} must be above 0, got {rope[name]!r}")
+        for name in ("mscale", "mscale_all_dim"):
+            if (rope.get(name) or 0) < 0:
+                raise ValueError(f"rope_parameters.{name} must not be negative, got {rope[name]!r}")
+        fast, slow = rope.get("beta_fast") or BETA_FAST, rope.get("beta_slow") or BETA_SLOW
+        if not fast > slow:
+            raise ValueError(f"rope_parameters.beta_fast ({fast}) must exceed rope_parameters.beta_slow ({slow})")
+        if not isinstance(rope.get("truncate", True), bool):
+            raise ValueError(f"rope_parameters.truncate must be true or false, got {rope['truncate']!r}")
+        if rope.get("partial_rotary_factor") not in (None, 1):
             raise ValueError("rope_parameters.partial_rotary_factor is not supported: qk_rope_head_dim says how much")
         if rope["rope_type"] != "default":
             if not (rope.get("factor") or 0) >= 1:
@@ -342,7 +383,40 @@ class MedAssistDeepseekConfig(PreTrainedConfig):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Python compares whole numbers of any size with a float, and only fails to convert them.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def merged_rope(parameters: Any, scaling: Any = None, theta: Any = None) -> dict[str, Any]:
+    """What ``rope_parameters`` says, completed by ``rope_scaling`` and ``rope_theta`` of older configurations.
+
+    ``type`` is another name of ``rope_type``. A ``rope_theta`` that stands in two places must be the same in both:
+    programs do not agree on which one counts.
+
+    Raises:
+        ValueError: one of them is no dictionary, or two names of one setting contradict each other.
+    """
+    rope: dict[str, Any] = {}
+    for name, settings in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        if settings is not None and not isinstance(settings, dict):
+            raise ValueError(f"{name} must be a dictionary, got {settings!r}")
+        given = dict(settings or {})
+        if "type" in given:
+            kind = given.pop("type")
+            if given.setdefault("rope_type", kind) != kind:
+                raise ValueError(
+                    f"rope_parameters.rope_type is {given['rope_type']!r}, and {kind!r} by its other name, type: leave "
+                    "one out"
+                )
+        rope |= given
+    if theta is not None and rope.setdefault("rope_theta", theta) != theta:
+        raise ValueError(f"rope_theta {theta!r} contradicts rope_parameters.rope_theta, which is "
+                         f"{rope['rope_theta']!r}: leave one out")  # fmt: skip
+    return rope
 
 
 def published_router(scoring: str | None, method: str | None) -> str | None:

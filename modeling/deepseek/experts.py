@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from modeling.deepseek.config import MedAssistDeepseekConfig
 from modeling.deepseek.routing import choose
 
+# Added to the noise's scale, by which the smooth load divides: without it, gradients become NaN where noise dies out.
+LEAST_NOISE = 1e-2
+
 
 class Routing(NamedTuple):
     """What a layer's router did, for losses and statistics.
@@ -74,7 +77,7 @@ class Router(nn.Module):
             logits = F.linear(x, self.weight.float())  # (B, T, E)
             clean, scale = None, None
             if c.router == "noisy_top_k" and self.training:
-                clean, scale = logits, F.softplus(F.linear(x, self.noise_weight.float()))
+                clean, scale = logits, F.softplus(F.linear(x, self.noise_weight.float())) + LEAST_NOISE
                 logits = clean + torch.randn_like(clean) * scale
             experts, weights = choose(
                 logits.flatten(0, 1),

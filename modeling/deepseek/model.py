@@ -130,6 +130,7 @@ class MedAssistDeepseekModel(MedAssistDeepseekPreTrainedModel):
     """Embedding, decoder layers (those of multi-token prediction last) and the final norm."""
 
     def __init__(self, config: MedAssistDeepseekConfig) -> None:
+        config.check()  # it may have been changed since it was built, as from_pretrained does
         super().__init__(config)
         c = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
@@ -182,14 +183,15 @@ class MedAssistDeepseekModel(MedAssistDeepseekPreTrainedModel):
         results: list[Tensor] = []
         made: dict[int, Routing] = {}
         first, last = self.config.num_hidden_layers, len(self.layers) - 1
-        for depth in range(1, (self.config.mtp_depth or 0) + 1):
+        for depth in range(1, self.config.prediction_depth + 1):
             number = min(first + depth - 1, last)
             layer = self.layers[number]
             assert isinstance(layer, PredictionLayer)
             following = F.pad(input_ids[:, depth:], (0, min(depth, input_ids.shape[1])))  # (B, T)
             hidden, routing = layer.predict(self.embed_tokens(following), hidden, rope, mask)
             # The next depth gets what this one's head gets, as the first depth does: one layer can then draft several
-            # tokens in turn.
+            # tokens in turn. (A drafting engine recycles the newest position alone, with the first depth's keys for
+            # those before it: what is trained here comes near that, and is not the same.)
             hidden = layer.shared_head.norm(hidden)
             results.append(hidden)
             if routing is not None:
@@ -231,7 +233,7 @@ class MedAssistDeepseekForCausalLM(CausalLMHead, MedAssistDeepseekPreTrainedMode
     def measure(self, batch: Batch) -> dict[str, tuple[float, int]]:
         """The parts of the loss, and "mtp_agreement_1" (of the token after the next) and so on: the share of tokens for
         which a prediction's best is the model's own best, which has seen all tokens before. It foretells how many
-        drafts greedy decoding accepts."""
+        drafts greedy decoding accepts, of the first place exactly, of later ones roughly."""
         hidden, predicted, routings = self._hidden_states(batch)
         counts, sums = self.loss_counts(batch), self._objective(batch, hidden, predicted, routings).sums
         measured = {name: (float(value), counts[name]) for name, value in sums.items()}
@@ -285,7 +287,7 @@ class MedAssistDeepseekForCausalLM(CausalLMHead, MedAssistDeepseekPreTrainedMode
         return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
 
     def _predictions(self) -> list[str]:
-        return [f"mtp_loss_{depth + 1}" for depth in range(self.config.mtp_depth or 0)]
+        return [f"mtp_loss_{depth + 1}" for depth in range(self.config.prediction_depth)]
 
     def _has_balance_loss(self) -> bool:
         return bool(self.config.router_aux_loss_coef) and bool(self.routers())

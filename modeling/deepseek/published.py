@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from modeling.deepseek.config import MEANINGLESS, MUST_BE, check_fixed, check_v2, published_router
+from modeling.deepseek.config import MEANINGLESS, MUST_BE, check_fixed, check_v2, merged_rope, published_router
 from modeling.importing.layout import Layout, Shapes, side
 
 LAYER = r"model\.layers\.(\d+)\."
@@ -89,13 +89,7 @@ def settle(values: dict[str, Any]) -> dict[str, Any]:
         )
     if values.get("topk_method") == "greedy":
         values["n_group"] = values["topk_group"] = 1
-    scaling = values.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise ValueError(f"rope_scaling must be a dictionary, got {scaling!r}")
-    rope = {("rope_type" if key == "type" else key): value for key, value in scaling.items()}
-    rope |= values.get("rope_parameters") or {}
-    if values.get("rope_theta") is not None:
-        rope["rope_theta"] = values["rope_theta"]
+    rope = merged_rope(values.get("rope_parameters"), values.get("rope_scaling"), values.get("rope_theta"))
     if rope:
         values["rope_parameters"] = rope
     return {name: value for name, value in values.items() if name not in (*CONSUMED, *MEANINGLESS, *MUST_BE)}

@@ -73,7 +73,7 @@ def moved(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     """The selection bias (E,) after an optimizer step in which the experts had ``load`` (E,) tokens.
 
     Overloaded experts go down by ``rate``, underloaded ones up; those at the mean stay. The load is that of the whole
-    step, over all micro-batches and ranks.
+    step, over all its micro-batches.
     """
     load = load.to(torch.float64)  # counts are exact, and so is their comparison with the mean
     return bias + rate * torch.sign(load.mean() - load).to(bias.dtype)

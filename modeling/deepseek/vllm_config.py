@@ -4,6 +4,7 @@ from typing import Any
 
 from modeling.deepseek.config import MedAssistDeepseekConfig
 
+DRAFTER = "MedAssistDeepseekMTP"
 DRAFT_TYPE = "deepseek_mtp"  # vLLM's model_type of DeepSeek's drafting layers
 KERNEL_RANK, KERNEL_ROPE = 512, 64  # what vLLM's kernels for latent attention take
 
@@ -44,6 +45,14 @@ class ConfigUpdate:
             parallel.tensor_parallel_size * parallel.data_parallel_size if parallel.enable_expert_parallel else 1,
         )
         check_kernels(vllm_config.model_config.hf_config.to_dict(), current_platform.is_cpu())
+        drafts = vllm_config.speculative_config
+        if drafts is not None and drafts.method == "mtp" and drafts.draft_model_config.architecture != DRAFTER:
+            raise ValueError(
+                "multi-token prediction drafts for imported checkpoints alone: medassist import DIR --out DIR"
+            )
+        cached = vllm_config.cache_config.cache_dtype
+        if current_platform.is_cpu() and cached not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"--kv-cache-dtype {cached}: on CPUs latents are cached in the model's dtype, use auto")
         if vllm_config.lora_config is not None:
             raise ValueError("LoRA adapters are not served for models with latent attention; merge the adapter")
 

@@ -3,9 +3,7 @@
 from typing import Any
 
 from modeling.deepseek.config import MedAssistDeepseekConfig
-from modeling.deepseek.vllm_config import DRAFT_TYPE, kernel_sizes
-
-DRAFTER = "MedAssistDeepseekMTP"
+from modeling.deepseek.vllm_config import DRAFT_TYPE, DRAFTER, kernel_sizes
 
 
 def register() -> None:
@@ -41,7 +39,7 @@ def draft_config(hf_config: Any) -> Any:
 
     vLLM knows by a list of model types whose own weights draft, and has one for DeepSeek's.
     """
-    if hf_config.model_type != MedAssistDeepseekConfig.model_type:
+    if hf_config.model_type != MedAssistDeepseekConfig.model_type:  # a published V3 is drafted for by vLLM's own class
         return _others[0](hf_config)
     hf_config.model_type = DRAFT_TYPE
     hf_config.update({"n_predict": 1, "architectures": [DRAFTER]})

@@ -7,7 +7,7 @@ import difflib
 import functools
 import inspect
 import json
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -209,7 +209,7 @@ def _check(name: str, value: Any, annotation: Any, *, zero: bool) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not (not zero) <= value <= LARGEST:
             wanted = f"a whole number from {0 if zero else 1} to {LARGEST}"
     elif float in kinds:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
             wanted = "a number that is not negative"
         elif name.endswith("_eps") and not 0 < value < 1:
             wanted = "a number between 0 and 1"

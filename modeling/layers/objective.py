@@ -1,6 +1,6 @@
 """What training asks of a model, so that one loop trains every architecture.
 
-A step is made of micro-batches, possibly on several ranks. A model says for each what it contributes as **sums**, and
+A step is made of micro-batches. A model says for each what it contributes as **sums**, and
 what they are sums over, so that dividing is left to the loop, which knows the whole step: the loss does not depend on
 how a step is cut.
 

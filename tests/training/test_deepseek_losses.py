@@ -106,6 +106,23 @@ def test_smooth_load_of_noisy_top_k_is_the_mean_over_noise_drawn_anew() -> None:
     torch.testing.assert_close(smooth_load(made, ALL[:, :6])[0], expected, rtol=0, atol=0.03)
 
 
+@pytest.mark.parametrize("logit", [-60.0, -120.0])
+def test_gradients_stay_finite_where_noise_dies_out(logit: float) -> None:
+    gate, x, is_text = windows("noisy_top_k", 3, 6)
+    x[..., 0] = 1.0
+    with torch.no_grad():
+        gate.noise_weight.zero_()[:, 0] = logit
+    x.requires_grad_()
+    made = gate(x)
+    assert made.noise_scale is not None
+    assert bool((made.noise_scale > 0).all())
+    balance_loss(made, "noisy_top_k", is_text).backward()
+    for tensor in (x, gate.weight, gate.noise_weight):
+        assert tensor.grad is not None
+        assert bool(tensor.grad.isfinite().all())
+    assert bool(gate.weight.grad.any())  # type: ignore[union-attr]
+
+
 def test_statistics_count_text_alone_and_add_up_over_micro_batches() -> None:
     gate, x, is_text = windows("softmax", 4, 12)
     made = gate(x)

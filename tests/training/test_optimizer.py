@@ -180,3 +180,18 @@ def test_schedule_rises_stays_and_falls(step: int, factor: float) -> None:
 
 def test_schedule_without_warmup_and_decay_is_flat() -> None:
     assert [warmup_stable_decay(step, 5, warmup=0, decay_share=0.0) for step in range(5)] == [1.0] * 5
+
+
+def test_an_expert_without_tokens_stays() -> None:
+    """Its momentum would be made as long as any other, however small it has become."""
+    torch.manual_seed(0)
+    experts = torch.nn.Parameter(torch.randn(2, 6, 4))
+    optimizer = Muon([experts], lr=0.1, weight_decay=0.0)
+    for step in range(3):
+        before = experts.detach().clone()
+        experts.grad = torch.randn(2, 6, 4)
+        if step:
+            experts.grad[1] = 0
+        optimizer.step()
+        assert not torch.equal(experts[0], before[0])
+        assert torch.equal(experts[1], before[1]) == bool(step)

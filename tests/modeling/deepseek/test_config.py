@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from modeling.deepseek.config import MedAssistDeepseekConfig
 from modeling.deepseek.model import MedAssistDeepseekForCausalLM
+from modeling.deepseek.published import settle
 from modeling.deepseek.reference import YARN
 
 BAD: list[tuple[dict[str, Any], list[str]]] = [
@@ -24,7 +25,9 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"head_dim": 7}, ["head_dim"]),
     ({"qk_head_dim": 7}, ["qk_head_dim"]),
     ({"n_group": 3}, ["n_routed_experts", "n_group"]),
-    ({"n_group": -1}, ["n_group"]),
+    ({"n_group": -1}, ["n_group must"]),
+    ({"n_group": 0}, ["n_group must"]),
+    ({"topk_group": 0}, ["topk_group must"]),
     ({"n_group": 8, "topk_group": 4}, ["n_group", "n_routed_experts"]),
     ({"topk_group": 5}, ["topk_group", "n_group"]),
     ({"num_key_value_heads": 2}, ["num_key_value_heads", "num_attention_heads"]),
@@ -32,6 +35,14 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"first_k_dense_replace": -1}, ["first_k_dense_replace"]),
     ({"num_nextn_predict_layers": -1}, ["num_nextn_predict_layers"]),
     ({"n_shared_experts": -1}, ["n_shared_experts"]),
+    ({"mtp_depth": 0}, ["mtp_depth", "num_nextn_predict_layers"]),
+    ({"mtp_depth": -1}, ["mtp_depth"]),
+    ({"mtp_depth": 1, "num_nextn_predict_layers": 0}, ["mtp_depth", "num_nextn_predict_layers"]),
+    ({"eos_token_id": "0"}, ["eos_token_id", "whole number"]),
+    ({"eos_token_id": True}, ["eos_token_id", "whole number"]),
+    ({"eos_token_id": [0, "1"]}, ["eos_token_id", "whole number"]),
+    ({"eos_token_id": []}, ["eos_token_id", "whole number"]),
+    ({"bos_token_id": 1.5}, ["bos_token_id", "whole number"]),
     ({"q_lora_rank": 0}, ["q_lora_rank"]),
     ({"kv_lora_rank": 0}, ["kv_lora_rank"]),
     ({"kv_lora_rank": -64}, ["kv_lora_rank"]),
@@ -46,6 +57,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"tie_word_embeddings": "no"}, ["tie_word_embeddings", "true or false"]),
     ({"routed_scaling_factor": "2.5"}, ["routed_scaling_factor", "number"]),
     ({"routed_scaling_factor": 0}, ["routed_scaling_factor"]),
+    ({"routed_scaling_factor": 10**400}, ["routed_scaling_factor", "finite number"]),
     ({"rms_norm_eps": 0.0}, ["rms_norm_eps"]),
     ({"attention_dropout": 1.0}, ["attention_dropout"]),
     ({"mtp_loss_weight": -0.1}, ["mtp_loss_weight"]),
@@ -53,6 +65,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"router_bias_update_rate": -0.1}, ["router_bias_update_rate"]),
     ({"router": "sinkhorn"}, ["router", "aux_free", "softmax", "noisy_top_k"]),
     ({"router": 3}, ["router"]),
+    ({"router": ""}, ["router", "aux_free"]),
     ({"router": "softmax", "scoring_func": "sigmoid"}, ["router", "scoring_func"]),
     ({"router": "aux_free", "topk_method": "greedy"}, ["router", "topk_method"]),
     ({"scoring_func": "softmax", "topk_method": "noaux_tc"}, ["scoring_func", "topk_method"]),
@@ -69,12 +82,29 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, ["rope_parameters.factor"]),
     ({"rope_parameters": YARN | {"factor": "8"}}, ["rope_parameters.factor"]),
     ({"rope_parameters": YARN | {"mscale": "1"}}, ["rope_parameters.mscale"]),
+    ({"rope_parameters": YARN | {"factor": 10**400}}, ["rope_parameters.factor"]),
+    ({"rope_parameters": YARN | {"type": "linear"}}, ["rope_parameters.rope_type", "type"]),
+    ({"rope_parameters": {"type": "dynamic", "factor": 2.0}}, ["rope_parameters.rope_type"]),
+    ({"rope_parameters": YARN | {"beta_fats": 32}}, ["rope_parameters.beta_fats", "beta_fast"]),
+    ({"rope_parameters": YARN | {"original_max_position_embeddings": 0}},
+     ["rope_parameters.original_max_position_embeddings"]),
+    ({"rope_parameters": YARN | {"original_max_position_embeddings": None}},
+     ["rope_parameters.original_max_position_embeddings"]),
+    ({"rope_parameters": YARN | {"beta_fast": 0}}, ["rope_parameters.beta_fast"]),
+    ({"rope_parameters": YARN | {"beta_slow": -1}}, ["rope_parameters.beta_slow"]),
+    ({"rope_parameters": YARN | {"beta_slow": 32}}, ["rope_parameters.beta_fast", "rope_parameters.beta_slow"]),
+    ({"rope_parameters": YARN | {"beta_fast": 1}}, ["rope_parameters.beta_fast", "rope_parameters.beta_slow"]),
+    ({"rope_parameters": YARN | {"attention_factor": 0}}, ["rope_parameters.attention_factor"]),
+    ({"rope_parameters": YARN | {"mscale": -1.0}}, ["rope_parameters.mscale"]),
+    ({"rope_parameters": YARN | {"truncate": 1}}, ["rope_parameters.truncate"]),
     ({"rope_parameters": {"rope_theta": 0}}, ["rope_theta"]),
+    ({"rope_parameters": {"rope_theta": None}}, ["rope_parameters.rope_theta"]),
+    ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4}, ["rope_theta", "rope_parameters.rope_theta"]),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
     ({"rope_theta": "10000"}, ["rope_theta"]),
     ({"rope_scaling": "yarn"}, ["rope_scaling"]),
     ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, ["rope_type"]),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "named"), BAD, ids=lambda value: str(value) if isinstance(value, dict) else "")
@@ -113,11 +143,86 @@ def test_published_names_of_routers(settings: dict[str, Any], router: str, group
     assert "scoring_func" not in config.to_dict()
 
 
-def test_published_form_of_rope_scaling() -> None:
-    scaling = {("type" if k == "rope_type" else k): v for k, v in YARN.items()}
-    assert MedAssistDeepseekConfig.tiny(rope_scaling=scaling, rope_theta=10000).rope_parameters == (
-        MedAssistDeepseekConfig.tiny(rope_parameters=YARN).rope_parameters
-    )
+OLD_YARN = {("type" if k == "rope_type" else k): v for k, v in YARN.items()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_scaling": OLD_YARN, "rope_theta": 10000},
+        {"rope_parameters": OLD_YARN},
+        {"rope_parameters": OLD_YARN | YARN | {"rope_theta": 10000}, "rope_theta": 10000.0},
+        {"rope_parameters": {"rope_theta": 10000}, "rope_scaling": OLD_YARN},
+    ],
+)
+def test_other_forms_of_rope_parameters_mean_the_same_when_built_and_when_imported(settings: dict[str, Any]) -> None:
+    want = MedAssistDeepseekConfig.tiny(rope_parameters=YARN).rope_parameters
+    assert want is not None
+    assert want["rope_type"] == "yarn"
+    assert MedAssistDeepseekConfig.tiny(**settings).rope_parameters == want
+    assert MedAssistDeepseekConfig.tiny(**settle(dict(settings))).rope_parameters == want
+
+
+def test_imports_refuse_two_bases_of_the_rotation() -> None:
+    with pytest.raises(ValueError, match=r"rope_theta 10000\.0 contradicts rope_parameters\.rope_theta"):
+        settle({"rope_theta": 10000.0, "rope_parameters": {"rope_theta": 1e6}})
+
+
+def test_one_base_of_the_rotation_may_stand_beside_the_rest() -> None:
+    config = MedAssistDeepseekConfig.tiny(rope_parameters=YARN, rope_theta=500000)
+    assert config.rope_parameters is not None
+    assert config.rope_parameters["rope_theta"] == 500000
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_predictions_changed_when_loaded_are_what_runs_and_what_is_saved(layers: int, tmp_path: Path) -> None:
+    MedAssistDeepseekConfig.tiny().save_pretrained(tmp_path / "one")
+    changed = MedAssistDeepseekConfig.from_pretrained(tmp_path / "one", num_nextn_predict_layers=layers)
+    changed.check()
+    assert changed.prediction_depth == layers
+    changed.save_pretrained(tmp_path / "other")
+    again = MedAssistDeepseekConfig.from_pretrained(tmp_path / "other")
+    assert (again.num_nextn_predict_layers, again.prediction_depth) == (layers, layers)
+
+
+def test_depth_of_prediction_that_is_given_stays() -> None:
+    config = MedAssistDeepseekConfig.tiny(mtp_depth=3)
+    assert (config.num_nextn_predict_layers, config.prediction_depth) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"router": "bogus"}, "router"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok"),
+        ({"num_attention_heads": 8}, "num_key_value_heads"),
+        ({"kv_lora_rank": "64"}, "kv_lora_rank"),
+        ({"rope_parameters": OLD_YARN | {"factor": 0.5}}, r"rope_parameters\.factor"),
+        ({"mtp_depth": 0}, "mtp_depth"),
+    ],
+    ids=str,
+)
+def test_check_refuses_fields_that_were_set_later(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    MedAssistDeepseekConfig.tiny().save_pretrained(tmp_path)
+    config = MedAssistDeepseekConfig.from_pretrained(tmp_path, **changes)
+    with pytest.raises(ValueError, match=named):
+        config.check()
+
+
+def test_check_settles_fields_that_were_set_later_and_then_changes_nothing() -> None:
+    config = MedAssistDeepseekConfig.tiny()
+    config.check()
+    assert config.to_dict() == MedAssistDeepseekConfig.tiny().to_dict()
+    config.n_group = config.topk_group = config.n_shared_experts = config.num_key_value_heads = None
+    config.rope_parameters = dict(OLD_YARN)
+    config.check()
+    want = MedAssistDeepseekConfig.tiny(n_group=1, topk_group=1, n_shared_experts=0, rope_parameters=YARN)
+    assert config.to_dict() == want.to_dict()
+
+
+@pytest.mark.parametrize("tokens", [None, 3, [3, 4]])
+def test_one_token_or_several_may_end_an_answer(tokens: int | list[int] | None) -> None:
+    assert MedAssistDeepseekConfig.tiny(eos_token_id=tokens).eos_token_id == tokens
 
 
 def test_configurations_of_others_do_not_leave_their_names_behind(tmp_path: Path) -> None:
