@@ -34,15 +34,15 @@ from training.optimizer import Optimizers
 from training.shards import Shard, write_shard
 
 TOPICS, WORDS, LENGTH = 48, 20, 5  # topics, words of each, tokens of a document
-SKEW = 1.4
+SKEW = 1.5
 DOCUMENTS = 100_000
 TOKENS_A_STEP, TOKENS_A_WINDOW = 4096, 64
 EXPERTS, TOP_K = 16, 4
 WINDOW = 20  # steps whose loads are added up
 LR = 1e-3
-# Four times the default, which is meant for runs of many thousand steps: affinities are apart by a tenth or so, and a
+# Six times the default, which is meant for runs of many thousand steps: affinities are apart by a tenth or so, and a
 # bias must be able to cross that within a small part of the run.
-RATE = 0.004
+RATE = 0.006
 
 # What each router has against imbalance, and the first one without.
 ROUTERS: dict[str, dict[str, Any]] = {
