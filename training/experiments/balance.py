@@ -40,9 +40,9 @@ TOKENS_A_STEP, TOKENS_A_WINDOW = 4096, 64
 EXPERTS, TOP_K = 16, 4
 WINDOW = 20  # steps whose loads are added up
 LR = 1e-3
-# Six times the default, which is meant for runs of many thousand steps: affinities are apart by a tenth or so, and a
+# Ten times the default, which is meant for runs of many thousand steps: affinities are apart by a tenth or so, and a
 # bias must be able to cross that within a small part of the run.
-RATE = 0.006
+RATE = 0.01
 
 # What each router has against imbalance, and the first one without.
 ROUTERS: dict[str, dict[str, Any]] = {
