@@ -105,7 +105,9 @@ def test_routers_choose_as_in_training(router: str, world: str, routed_directory
     assert others == 0
 
 
-@pytest.mark.parametrize("kind", ["eager", "mtp", "no-latents", "padded-latents"])
+@pytest.mark.parametrize(
+    "kind", ["eager", "mtp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("no-latents", "padded-latents"))]
+)
 def test_cache_is_as_small_as_the_formula_says(kind: str, engines: Engines) -> None:
     variant = next((v for v in variants() if v.latent and not v.number), None)
     if variant is None:

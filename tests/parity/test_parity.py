@@ -39,10 +39,7 @@ QUICK = {
     ("draft", "medassist_gpt", 1),
     ("lora", "medassist_gpt", 1),
     ("lora", "tinymorfer", 0),  # a projection that is fused in the checkpoint
-    ("compiled", "medassist_deepseek", 0),
     ("expert-parallel", "medassist_deepseek", 0),
-    ("padded-latents", "medassist_deepseek", 0),
-    ("no-latents", "medassist_deepseek", 0),
     ("mtp", "medassist_deepseek", 0),
 }
 PIPELINES = ("pipeline-parallel", "compiled-pipeline-parallel")
