@@ -14,6 +14,7 @@ from typing import Any
 
 from modeling.adapter import Adapter
 from modeling.adapter import read as read_adapter
+from modeling.ranks import check as check_ranks
 from modeling.registry import REGISTRY
 
 NGRAM, MTP = "ngram", "mtp"
@@ -291,27 +292,13 @@ def _check_parallel(model: str, config: Mapping[str, Any], features: Features, o
 
 
 def _check_ranks(model: str, config: Mapping[str, Any], ranks: int, expert_parallel: bool = False) -> None:
-    """Whether tensor-parallel ranks divide a model; vLLM splits a draft by as many as the model it drafts for."""
-    heads = config.get("num_attention_heads", ranks)
-    kv_heads = config.get("num_key_value_heads") or heads
-    if heads % ranks:
-        raise ValueError(f"{model}: its {heads} attention heads cannot be shared by {ranks} tensor-parallel ranks")
-    if kv_heads % ranks and ranks % kv_heads:
-        raise ValueError(f"{model}: its {kv_heads} key/value heads cannot be shared by {ranks} tensor-parallel ranks")
-    widths = {"intermediate_size": config.get("intermediate_size") or 4 * config.get("hidden_size", ranks)}
-    experts = config.get("n_routed_experts")
-    if experts:
-        width = config.get("moe_intermediate_size", ranks)
-        if expert_parallel and experts % ranks:
-            raise ValueError(f"{model}: its {experts} experts cannot be shared by {ranks} expert-parallel ranks")
-        if not expert_parallel:
-            widths["moe_intermediate_size"] = width
-        widths["n_shared_experts * moe_intermediate_size"] = (config.get("n_shared_experts") or 0) * width
-    elif expert_parallel:
+    """Whether the ranks divide a model; vLLM splits a draft by as many as the model it drafts for."""
+    if expert_parallel and not config.get("n_routed_experts"):
         raise ValueError(f"--expert-parallel: {model} has no experts")
-    for name, width in widths.items():
-        if width % ranks:
-            raise ValueError(f"{model}: its {name} of {width} cannot be shared by {ranks} tensor-parallel ranks")
+    try:
+        check_ranks(config, ranks, ranks if expert_parallel else None)
+    except ValueError as e:
+        raise ValueError(f"{model}: its {e}") from None
 
 
 def _check_draft(model: str, checkpoint: Path, config: Mapping[str, Any], draft: Path, longest: int) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling.deepseek.config import MedAssistDeepseekConfig
-from modeling.deepseek.routing import choose
+from modeling.deepseek.routing import route
 
 # Added to the noise's scale, by which the smooth load divides: without it, gradients become NaN where noise dies out.
 LEAST_NOISE = 1e-2
@@ -69,9 +69,6 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """``x`` is (B, T, C)."""
         c = self.config
-        assert c.router is not None
-        assert c.n_group is not None
-        assert c.topk_group is not None
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             logits = F.linear(x, self.weight.float())  # (B, T, E)
@@ -79,16 +76,8 @@ class Router(nn.Module):
             if c.router == "noisy_top_k" and self.training:
                 clean, scale = logits, F.softplus(F.linear(x, self.noise_weight.float())) + LEAST_NOISE
                 logits = clean + torch.randn_like(clean) * scale
-            experts, weights = choose(
-                logits.flatten(0, 1),
-                c.router,
-                self.e_score_correction_bias if c.router == "aux_free" else None,
-                c.num_experts_per_tok,
-                c.n_group,
-                c.topk_group,
-                c.norm_topk_prob,
-                c.routed_scaling_factor,
-            )
+            bias = self.e_score_correction_bias if c.router == "aux_free" else None
+            experts, weights = route(c, logits.flatten(0, 1), bias)
         shape = (*x.shape[:2], -1)
         return Routing(experts.view(shape), weights.view(shape), logits, clean, scale)
 

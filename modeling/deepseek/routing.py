@@ -1,6 +1,6 @@
 """Which experts a token goes to, and with which weights: the three routers, in plain torch.
 
-The trainable module and the vLLM class both call :func:`choose`, so that they cannot differ, in ties neither: of equal
+The trainable module and the vLLM class both call :func:`route`, so that they cannot differ, in ties neither: of equal
 experts the one with the lowest number is taken, where ``torch.topk`` promises nothing.
 
     aux_free      sigmoid affinities; a bias is added for the selection only, and moves against the load after every
@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from modeling.deepseek.config import MedAssistDeepseekConfig
 
 
 class Choice(NamedTuple):
@@ -62,6 +64,18 @@ def choose(
     if normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return Choice(experts, weights * scale)
+
+
+def route(config: MedAssistDeepseekConfig, logits: Tensor, bias: Tensor | None) -> Choice:
+    """:func:`choose` as a configuration says; ``bias`` is that of "aux_free"."""
+    c = config
+    assert c.router is not None
+    assert c.n_group is not None
+    assert c.topk_group is not None
+    return choose(
+        logits, c.router, bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob,
+        c.routed_scaling_factor,
+    )  # fmt: skip
 
 
 def first_largest(x: Tensor, count: int) -> Tensor:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from modeling.deepseek.config import MedAssistDeepseekConfig
+from modeling.ranks import check as check_ranks
 
 DRAFTER = "MedAssistDeepseekMTP"
 DRAFT_TYPE = "deepseek_mtp"  # vLLM's model_type of DeepSeek's drafting layers
@@ -39,12 +40,9 @@ class ConfigUpdate:
         from vllm.platforms import current_platform
 
         parallel = vllm_config.parallel_config
-        check_ranks(
-            vllm_config.model_config.hf_config.to_dict(),
-            parallel.tensor_parallel_size,
-            parallel.tensor_parallel_size * parallel.data_parallel_size if parallel.enable_expert_parallel else 1,
-        )
-        check_kernels(vllm_config.model_config.hf_config.to_dict(), current_platform.is_cpu())
+        config, ranks = vllm_config.model_config.hf_config.to_dict(), parallel.tensor_parallel_size
+        check_ranks(config, ranks, ranks * parallel.data_parallel_size if parallel.enable_expert_parallel else None)
+        check_kernels(config, current_platform.is_cpu())
         drafts = vllm_config.speculative_config
         if drafts is not None and drafts.method == "mtp" and drafts.draft_model_config.architecture != DRAFTER:
             raise ValueError(
@@ -75,30 +73,6 @@ def kernel_sizes(config: MedAssistDeepseekConfig) -> tuple[int, int]:
             "vLLM's kernels; set VLLM_MLA_DISABLE=1 to serve with ordinary attention"
         )
     return KERNEL_RANK, KERNEL_ROPE
-
-
-def check_ranks(config: dict[str, Any], tensor_parallel: int, expert_parallel: int = 1) -> None:
-    """Whether ranks divide a model; ``expert_parallel`` 1: experts are split like dense layers.
-
-    Raises:
-        ValueError: the message names the field and the number of ranks.
-    """
-    shared = (config.get("n_shared_experts") or 0) * config["moe_intermediate_size"]
-    sizes = {
-        "num_attention_heads": config["num_attention_heads"],
-        "intermediate_size": config["intermediate_size"],
-        "n_shared_experts * moe_intermediate_size": shared,
-    }
-    if expert_parallel == 1:
-        sizes["moe_intermediate_size"] = config["moe_intermediate_size"]
-    for name, size in sizes.items():
-        if size % tensor_parallel:
-            raise ValueError(f"{name} ({size}) cannot be shared by {tensor_parallel} tensor-parallel ranks")
-    if config["n_routed_experts"] % expert_parallel:
-        raise ValueError(
-            f"n_routed_experts ({config['n_routed_experts']}) cannot be shared by {expert_parallel} expert-parallel "
-            "ranks"
-        )
 
 
 def check_kernels(config: dict[str, Any], on_cpu: bool) -> None:

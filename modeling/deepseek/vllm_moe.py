@@ -1,6 +1,6 @@
 """Dense and mixture-of-experts feed-forward for vLLM: its fused kernels behind the routers of training.
 
-Routing calls :func:`modeling.deepseek.routing.choose` as the module does, in float32 whatever the serving dtype, rather
+Routing calls :func:`modeling.deepseek.routing.route` as the module does, in float32 whatever the serving dtype, rather
 than vLLM's top-k: of tied experts both then take the same, and the three routers are one.
 
 Shapes: N tokens of all running requests, C hidden_size, E experts, k experts a token.
@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
 from modeling.deepseek.config import MedAssistDeepseekConfig
-from modeling.deepseek.routing import choose
+from modeling.deepseek.routing import route
 
 
 class DeepseekMLP(nn.Module):
@@ -63,14 +63,7 @@ class DeepseekRouter(nn.Module):
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (N, k) float32 and experts (N, k)."""
-        c = self.config
-        assert c.router is not None
-        assert c.n_group is not None
-        assert c.topk_group is not None
-        experts, weights = choose(
-            logits, c.router, self.e_score_correction_bias, c.num_experts_per_tok, c.n_group, c.topk_group,
-            c.norm_topk_prob, c.routed_scaling_factor,
-        )  # fmt: skip
+        experts, weights = route(self.config, logits, self.e_score_correction_bias)
         return weights, experts
 
 

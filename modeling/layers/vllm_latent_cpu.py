@@ -24,6 +24,8 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from modeling.registry import REGISTRY
+
 DEFAULT_BLOCK_SIZE = 128  # tokens; that of CPU engines without latent attention
 
 
@@ -157,7 +159,7 @@ class LatentBackend(CPUMLABackend):
 
 
 def register() -> None:
-    """Makes it vLLM's ``CPU_MLA``, and leaves the user's prefix caching, chunked prefill and block size as they are.
+    """Makes it vLLM's ``CPU_MLA``, and leaves prefix caching, chunked prefill and block size of our models alone.
 
     Harmless when repeated.
     """
@@ -168,6 +170,8 @@ def register() -> None:
 
 
 def _keeping_settings(original: Any) -> Any:
+    ours = {architecture.hf_name for architecture in REGISTRY.values()}
+
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         model, cache, scheduler = vllm_config.model_config, vllm_config.cache_config, vllm_config.scheduler_config
         kept = (
@@ -178,7 +182,8 @@ def _keeping_settings(original: Any) -> Any:
         before = [(where, name, getattr(where, name)) for where, name in kept]
         block_size = cache.block_size if cache.user_specified_block_size else DEFAULT_BLOCK_SIZE
         original(cls, vllm_config)
-        if model is not None and model.use_mla:
+        # Those of others may have backends of their own, with sizes of their own.
+        if model is not None and model.use_mla and model.architecture in ours:
             for where, name, value in before:
                 setattr(where, name, value)
             cache.block_size = block_size
