@@ -39,10 +39,13 @@ DOCUMENTS = 100_000
 TOKENS_A_STEP, TOKENS_A_WINDOW = 4096, 64
 EXPERTS, TOP_K = 16, 4
 WINDOW = 20  # steps whose loads are added up
-LR = 1e-3
-# Ten times the default, which is meant for runs of many thousand steps: affinities are apart by a tenth or so, and a
+LR = 3e-4
+# Three times the usual one: routers that start with nearly equal affinities are moved all at once by one step of the
+# bias, which then swings instead of settling.
+INITIALIZER_RANGE = 0.06
+# Four times the default, which is meant for runs of many thousand steps: affinities are apart by a tenth or so, and a
 # bias must be able to cross that within a small part of the run.
-RATE = 0.01
+RATE = 0.004
 
 # What each router has against imbalance, and the first one without.
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -81,7 +84,7 @@ def load_by_step(
         num_hidden_layers=2, num_attention_heads=2, q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=16,
         qk_rope_head_dim=8, v_head_dim=24, n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K, n_shared_experts=0,
         n_group=1, topk_group=1, routed_scaling_factor=1.0, first_k_dense_replace=0, num_nextn_predict_layers=0,
-        max_position_embeddings=TOKENS_A_WINDOW, **settings,
+        max_position_embeddings=TOKENS_A_WINDOW, initializer_range=INITIALIZER_RANGE, **settings,
     )  # fmt: skip
     model = MedAssistDeepseekForCausalLM(config).train()
     optimizers = Optimizers(model, "muon", LR, 0.1, (0.9, 0.95))
@@ -129,7 +132,7 @@ def report(loads: dict[str, Tensor], steps: int, seed: int) -> str:
         f"- corpus: {TOPICS} topics, the r-th proportional to r^-{SKEW}, {WORDS} words each of their own; documents of "
         f"{LENGTH} tokens",
         f"- model: 2 layers with {EXPERTS} experts each, {TOP_K} a token, hidden size 64, no shared expert; Muon, "
-        f"learning rate {LR}",
+        f"learning rate {LR}; initial standard deviation {INITIALIZER_RANGE}",
         f"- {steps} steps of {TOKENS_A_STEP} tokens; seed {seed}; the documents and their order are the same for all",
         f"- command: `python -m training.experiments.balance --steps {steps} --seed {seed}`",
         f"- {date.today()}, commit {_commit()}, torch {torch.__version__}, {platform.machine()}, "
