@@ -1,4 +1,4 @@
-"""``medassist bench``: the gateway, our vLLM classes beside vLLM's Llama, drafts, and the latent cache."""
+"""``medassist bench``: the gateway, our vLLM classes beside vLLM's Llama, drafts, the latent cache, and training."""
 
 import shlex
 from pathlib import Path
@@ -27,7 +27,7 @@ class GatewayUnlessNamed(TyperGroup):
 
 app = typer.Typer(
     cls=GatewayUnlessNamed,
-    help="Benchmarks: what the gateway costs (also without a command), engines, drafts, and the latent cache.",
+    help="Benchmarks: what the gateway costs (also without a command), engines, drafts, the latent cache, training.",
 )
 
 
@@ -134,6 +134,39 @@ def cache(ctx: typer.Context, report: Report = None) -> None:
     with needs("cpu"):
         from loadtest import latent_cache
     raise typer.Exit(latent_cache.main(_command(ctx, "cache"), report))
+
+
+@app.command(epilog="Example: medassist bench train --options unfused,whole_logits --report training.md")
+def train(
+    ctx: typer.Context,
+    architecture: Annotated[str, typer.Option(help="Of the registry (medassist models).")] = "medassist_gpt",
+    preset: Annotated[str, typer.Option(help="Its size.")] = "demo",
+    data: Annotated[
+        Path | None, typer.Option(help="Directory of medassist data prepare; random tokens if not given.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Windows a step.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Turns of each contender.")] = 12,
+    steps: Annotated[int, typer.Option(help="Steps a turn.")] = 10,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16, as in a recipe.")] = "auto",
+    options: Annotated[
+        str,
+        typer.Option(
+            help="What to measure of our own step besides: any of float32, bfloat16, compile, recompute, unfused, "
+            "whole_logits, loss_chunk=N and batch_size=N, joined by '+', with commas between."
+        ),
+    ] = "",
+    report: Report = None,
+) -> None:
+    """Measures a training step: ours beside Hugging Face's Trainer and a minimal loop, on the same work."""
+    with needs("cpu"):
+        from loadtest import training as benchmark
+    chosen = benchmark.Options(
+        architecture, preset, data, window=window, batch_size=batch_size, rounds=rounds, steps=steps, threads=threads,
+        precision=precision, options=tuple(filter(None, options.split(","))),
+    )  # fmt: skip
+    raise typer.Exit(benchmark.main(chosen, _command(ctx, "train"), report))
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

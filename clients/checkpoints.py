@@ -1,4 +1,4 @@
-"""The commands about models on disk: ``medassist import``, ``medassist models`` and ``medassist inspect``."""
+"""The commands about models on disk: ``medassist import``, ``models``, ``inspect`` and ``upload``."""
 
 import re
 import signal
@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
     )
     app.command()(models)
     app.command(epilog="Example: medassist inspect pytorch_model.bin")(inspect)
+    app.command(epilog="Example: medassist upload runs/demo --repo you/medassist-demo")(upload)
 
 
 def import_(
@@ -84,6 +85,21 @@ def inspect(
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         _print(f"{label:{width}}  {' '.join(text.split())}")
+
+
+def upload(
+    run: Annotated[Path, typer.Argument(help="Directory of a finished run, or a checkpoint directory.")],
+    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Repository on the Hugging Face Hub.")],
+    private: Annotated[bool, typer.Option("--private/--public", help="Of a repository that is created.")] = True,
+) -> None:
+    """Uploads a trained model to the Hugging Face Hub, with the token in HF_TOKEN."""
+    with needs("train"):
+        from training.publish import Upload, checkpoint_of
+
+    outcome = Upload(checkpoint_of(run), repo, private, say=_print).finish(seconds=24 * 3600)
+    if not outcome.done:
+        fail(outcome.text, 1)
+    _print(outcome.text)
 
 
 def _fingerprint(folder: Path) -> str:

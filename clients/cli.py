@@ -4,14 +4,13 @@ Modules that need an extra are imported inside the commands, so that ``medassist
 """
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from clients import benchmarks, checkpoints
+from clients import benchmarks, checkpoints, data, evaluation, training
 from clients.installation import demo_checkpoint, printable
 from clients.installation import fail as _fail
 from clients.installation import needs as _needs
@@ -24,7 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # they can print local variables, which hold questions and answers
 )
 app.add_typer(benchmarks.app, name="bench")
+app.add_typer(data.app, name="data")
 checkpoints.register(app)
+evaluation.register(app)
+training.register(app)
 
 BaseUrl = Annotated[str, typer.Option(envvar="MEDASSIST_BASE_URL", help="Address of the API.")]
 ApiKey = Annotated[
@@ -116,58 +118,6 @@ def serve(
     )
     paths = [Path(checkpoint) for checkpoint in checkpoints or []] or [demo_checkpoint()]
     raise typer.Exit(run(paths, options))
-
-
-@app.command(epilog="Example: medassist train --recipe demo --out runs/short --set train.steps=200")
-def train(
-    out: Annotated[Path, typer.Option(help="Directory of the run; the checkpoint is written to OUT/final.")],
-    recipe: Annotated[str, typer.Option(help="Name of a recipe, or path of a .toml file.")] = "demo",
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Overrides a field of the recipe; repeatable."),
-    ] = None,
-) -> None:
-    """Trains a model from scratch; the same command continues a run that was interrupted."""
-    # OpenMP threads that wait: the default spins for long and halves the speed of whatever else runs; "passive" never
-    # spins and costs a quarter of this loop's speed. A short spin costs neither.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    from training.recipe import load
-
-    loaded = load(recipe, sets)
-    try:
-        with _needs("train"):
-            from training import loop
-        loop.train(loaded, out)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command continues from the newest checkpoint", 130)
-
-
-@app.command("eval", epilog="Example: medassist eval http://127.0.0.1:8000/v1")
-def evaluate(
-    target: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT_OR_URL", help="Checkpoint directory, or address of an API.")
-    ],
-    questions: Annotated[
-        Path | None, typer.Option(help="JSONL of questions; the demo's held-out ones if not given.")
-    ] = None,
-    facts: Annotated[Path | None, typer.Option(help="JSONL of facts; the demo's if not given.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the answers.")] = None,
-) -> None:
-    """Asks held-out questions and reports how many answers are right."""
-    is_url = target.startswith(("http://", "https://"))
-    if not is_url and not (Path(target) / "config.json").is_file():
-        raise ValueError(
-            f"{target} is neither a checkpoint directory (it has no config.json) nor the address of an API"
-        )
-    import openai
-
-    try:
-        with _needs("train"):
-            from training.evaluate import evaluate_checkpoint
-
-            evaluate_checkpoint(target, questions, facts, out)
-    except openai.APIError as e:
-        _fail(f"{target}: {e}", 1)
 
 
 @app.command(epilog='Example: medassist ask "What are the signs of a stroke?"')

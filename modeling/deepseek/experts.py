@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from modeling.deepseek.config import MedAssistDeepseekConfig
 from modeling.deepseek.routing import route
@@ -77,29 +78,41 @@ class Router(nn.Module):
                 clean, scale = logits, F.softplus(F.linear(x, self.noise_weight.float())) + LEAST_NOISE
                 logits = clean + torch.randn_like(clean) * scale
             bias = self.e_score_correction_bias if c.router == "aux_free" else None
-            experts, weights = route(c, logits.flatten(0, 1), bias)
-        shape = (*x.shape[:2], -1)
-        return Routing(experts.view(shape), weights.view(shape), logits, clean, scale)
+            experts, weights = route(c, logits, bias)
+        return Routing(experts, weights, logits, clean, scale)
 
 
 class Experts(nn.Module):
-    """The routed experts of a layer."""
+    """The routed experts of a layer, or those that this rank has, where ranks share them (``TensorPlan``)."""
+
+    data_dependent = True  # its shapes are: compilation leaves it out
 
     def __init__(self, config: MedAssistDeepseekConfig) -> None:
         super().__init__()
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.count = experts
+        self.tensor_rank = 0  # which part of the experts is here
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Sums for each token of ``x`` (N, C) what its ``experts`` (N, k) make of it, times ``weights`` (N, k)."""
         k = experts.shape[1]
+        gate_up_proj, down_proj = _local(self.gate_up_proj), _local(self.down_proj)
         order = experts.flatten().argsort(stable=True)  # (N * k,): expert by expert
-        counts = experts.flatten().bincount(minlength=self.down_proj.shape[0])  # (E,)
-        gate, up = grouped_linear(x[order // k], self.gate_up_proj, counts).chunk(2, dim=-1)  # (N * k, F) each
-        y = grouped_linear(F.silu(gate) * up, self.down_proj, counts)  # (N * k, C)
-        y = torch.empty_like(y).index_copy(0, order, y).unflatten(0, (-1, k))  # (N, k, C)
+        counts = experts.flatten().bincount(minlength=self.count)  # (E,)
+        if len(down_proj) < self.count:  # what other ranks' experts make is 0 here
+            first = self.tensor_rank * len(down_proj)
+            before, here = int(counts[:first].sum()), counts[first : first + len(down_proj)]
+            order, counts = order[before : before + int(here.sum())], here
+        gate, up = grouped_linear(x[order // k], gate_up_proj, counts).chunk(2, dim=-1)  # (N * k, F) each
+        y = grouped_linear(F.silu(gate) * up, down_proj, counts)  # (N * k, C)
+        y = y.new_zeros(experts.numel(), y.shape[1]).index_copy(0, order, y).unflatten(0, (-1, k))  # (N, k, C)
         return (y * weights[..., None].to(y.dtype)).sum(1)
+
+
+def _local(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from modeling.deepseek.experts import MLP, Experts, MixtureOfExperts, Router, Ro
 from modeling.deepseek.routing import moved
 from modeling.layers.decoding import CausalLMHead, begin
 from modeling.layers.objective import IGNORED, Batch, Objective, count
+from modeling.layers.tensor_plan import TensorPlan
 
 Rope = tuple[Tensor, Tensor]
 
@@ -203,6 +204,8 @@ class MedAssistDeepseekForCausalLM(CausalLMHead, MedAssistDeepseekPreTrainedMode
     """The model with its head, which may be the embedding; ``forward`` is :class:`CausalLMHead`'s."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # Most weights are the experts'; the rest is every rank's.
+    tensor_plan = TensorPlan(modules={"model.layers.*.mlp.experts": "expert"}, divided=("n_routed_experts",))
 
     def __init__(self, config: MedAssistDeepseekConfig) -> None:
         super().__init__(config)
@@ -215,12 +218,12 @@ class MedAssistDeepseekForCausalLM(CausalLMHead, MedAssistDeepseekPreTrainedMode
         """The language model's loss, those of the predictions (``mtp_loss_1`` is of the token after the next) and the
         balancing loss, per window and layer."""
         c = self.config
-        weights = {"loss": 1.0}
+        weights = super().loss_weights
         weights |= {name: c.mtp_loss_weight / len(self._predictions()) for name in self._predictions()}
         return weights | ({"balance_loss": c.router_aux_loss_coef} if self._has_balance_loss() else {})
 
     def loss_counts(self, batch: Batch) -> dict[str, int]:
-        counts = {"loss": count(batch.labels)}
+        counts = super().loss_counts(batch)
         for depth, name in enumerate(self._predictions(), 1):
             counts[name] = count(losses.later_labels(batch.labels, batch.position_ids, depth))
         return counts | ({"balance_loss": batch.input_ids.shape[0]} if self._has_balance_loss() else {})
@@ -254,7 +257,7 @@ class MedAssistDeepseekForCausalLM(CausalLMHead, MedAssistDeepseekPreTrainedMode
         self, batch: Batch, hidden: Tensor, predicted: list[Tensor], routings: dict[int, Routing]
     ) -> Objective:
         router = self.config.router
-        sums = {"loss": self.summed_loss(hidden, batch.labels)}
+        sums = self.language_losses(hidden, batch.labels)
         for depth, (name, later) in enumerate(zip(self._predictions(), predicted, strict=True), 1):
             sums[name] = self.summed_loss(later, losses.later_labels(batch.labels, batch.position_ids, depth))
         if not routings:

@@ -41,7 +41,8 @@ def choose(
     normalise: bool,
     scale: float,
 ) -> Choice:
-    """The experts of each token and their weights, from the router's ``logits`` (N, E) in float32.
+    """The experts of each token and their weights, from the router's ``logits`` (N, E) in float32; N
+    may be several dimensions.
 
     With more than one group, experts outside the ``topk_group`` best groups are left out. A group is as good as its
     best expert ("softmax"; DeepSeek-V2, section 2.2.2), or as its two best together ("aux_free"; DeepSeek-V3, section

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from modeling.gpt.config import GPTConfig
 from modeling.layers.decoding import CausalLMHead, begin, begin_bidirectional
+from modeling.layers.tensor_plan import TensorPlan
 
 
 class Attention(nn.Module):
@@ -134,6 +135,18 @@ class GPTModel(GPTPreTrainedModel):
 
 class GPTForCausalLM(CausalLMHead, GPTPreTrainedModel, GenerationMixin):
     """GPT with its head; ``forward`` is :class:`CausalLMHead`'s."""
+
+    tensor_plan = TensorPlan(
+        modules={
+            "model.layers.*.self_attn.q_proj": "colwise",
+            "model.layers.*.self_attn.k_proj": "colwise",
+            "model.layers.*.self_attn.v_proj": "colwise",
+            "model.layers.*.self_attn": "gather",  # there is no output projection to sum in
+            "model.layers.*.mlp.up_proj": "colwise",
+            "model.layers.*.mlp.down_proj": "rowwise",
+        },
+        divided=("num_attention_heads", "intermediate_size"),
+    )
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)

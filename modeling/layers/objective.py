@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from modeling.layers.cross_entropy import chunked_cross_entropy
 
 IGNORED = -100  # the label that no loss is computed for
 
@@ -55,29 +56,51 @@ class Objective:
 
 
 class LanguageModelObjective:
-    """The objective of a model with ``model`` (the body) and ``lm_head``: cross-entropy of the next token, in nats."""
+    """The objective of a model with ``model`` (the body) and ``lm_head``: cross-entropy of the next token, in nats.
+
+    Attributes:
+        loss_chunk: tokens that there are logits of at one time; 0: chosen by the vocabulary.
+        z_loss: factor of the z-loss, the mean squared logarithm of the softmax's denominator, which keeps logits from
+            growing together; 0: without.
+    """
 
     model: Any
     lm_head: Any
+    loss_chunk: int = 0
+    z_loss: float = 0.0
 
     @property
     def loss_weights(self) -> dict[str, float]:
         """Name of each part -> its factor in the loss. "loss" is the language model's own, the one that is reported."""
-        return {"loss": 1.0}
+        return {"loss": 1.0} | ({"z_loss": self.z_loss} if self.z_loss else {})
 
     def loss_counts(self, batch: Batch) -> dict[str, int]:
         """Name of each part -> how many terms its sum over this batch has."""
-        return {"loss": count(batch.labels)}
+        terms = count(batch.labels)
+        return {"loss": terms} | ({"z_loss": terms} if self.z_loss else {})
 
     def objective(self, batch: Batch) -> Objective:
         hidden = self.model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
-        return Objective({"loss": self.summed_loss(hidden, batch.labels)})
+        return Objective(self.language_losses(hidden, batch.labels))
+
+    def language_losses(self, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The language model's own parts, "loss" and with ``z_loss`` "z_loss", summed over labels (B, T) that are not
+        ``IGNORED``, from hidden states (B, T, C). The gradient of both comes with "loss"."""
+        ce, z = self._summed(hidden, labels, self.z_loss)
+        return {"loss": ce} | ({"z_loss": z} if self.z_loss else {})
 
     def summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of the cross-entropy over labels (B, T) that are not ``IGNORED``, from hidden states (B, T, C)."""
-        where = labels != IGNORED
-        logits = self.lm_head(hidden[where])  # the head runs only where there is a loss: (count, V)
-        return F.cross_entropy(logits.float(), labels[where], reduction="sum")
+        return self._summed(hidden, labels, 0.0)[0]
+
+    def _summed(self, hidden: Tensor, labels: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
+        head = self.lm_head
+        assert type(head) is torch.nn.Linear  # only its weight is used: what else it did would be left out silently
+        assert head.bias is None
+        labels = labels.flatten()
+        where = (labels != IGNORED).nonzero().squeeze(1)  # the head runs only where there is a loss
+        hidden = hidden.flatten(0, 1).index_select(0, where)  # (count, C)
+        return chunked_cross_entropy(hidden, head.weight, labels[where], self.loss_chunk, z_weight)
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, tuple[float, int]]:

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from modeling.layers.decoding import CausalLMHead, begin
 from modeling.layers.rope import cos_sin, inverse_frequencies, rotate_halves, rotate_neighbours
+from modeling.layers.tensor_plan import TensorPlan
 from modeling.medassist.config import MedAssistGPTConfig
 
 CosSin = tuple[Tensor, Tensor]
@@ -34,6 +35,7 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.flattened = config.rope_layout == "flattened"
+        self.tensor_rank = 0  # which part of the heads this is, where ranks share them (TensorPlan)
         query_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
@@ -44,7 +46,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope_q: CosSin, rope_k: CosSin, mask: Tensor | None, cache: Cache | None) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H*D), (B, T, K*D), (B, T, K*D)
         if self.flattened:
-            q, k = rotate_neighbours(q, *rope_q), rotate_neighbours(k, *rope_k)
+            q, k = rotate_neighbours(q, *self._own(rope_q, q)), rotate_neighbours(k, *self._own(rope_k, k))
         q = q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         k = k.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
         v = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
@@ -58,6 +60,12 @@ class Attention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=True
         )  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+    def _own(self, rope: CosSin, x: Tensor) -> CosSin:
+        """The angles, of those of all heads side by side, that belong to this rank's part ``x`` of the projection."""
+        width = x.shape[-1] // 2
+        own = slice(self.tensor_rank * width, (self.tensor_rank + 1) * width)
+        return rope[0][..., own], rope[1][..., own]
 
 
 class MLP(nn.Module):
@@ -150,6 +158,18 @@ class MedAssistGPTForCausalLM(CausalLMHead, MedAssistGPTPreTrainedModel, Generat
     """MedAssistGPT with its tied head; ``forward`` is :class:`CausalLMHead`'s."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    tensor_plan = TensorPlan(
+        modules={
+            "model.layers.*.self_attn.q_proj": "colwise",
+            "model.layers.*.self_attn.k_proj": "colwise",
+            "model.layers.*.self_attn.v_proj": "colwise",
+            "model.layers.*.self_attn.o_proj": "rowwise",
+            "model.layers.*.mlp.gate_proj": "colwise",
+            "model.layers.*.mlp.up_proj": "colwise",
+            "model.layers.*.mlp.down_proj": "rowwise",
+        },
+        divided=("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+    )
 
     def __init__(self, config: MedAssistGPTConfig) -> None:
         super().__init__(config)

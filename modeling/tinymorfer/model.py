@@ -17,6 +17,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from modeling.layers.decoding import CausalLMHead, begin
+from modeling.layers.tensor_plan import TensorPlan
 from modeling.tinymorfer.config import TinymorferConfig
 
 
@@ -116,6 +117,11 @@ class TinymorferForCausalLM(CausalLMHead, TinymorferPreTrainedModel, GenerationM
     """Tinymorfer with its tied head; ``forward`` is :class:`CausalLMHead`'s."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # Equal parts of the fused projection's rows would not be heads: attention is every rank's.
+    tensor_plan = TensorPlan(
+        modules={"model.layers.*.mlp.up_proj": "colwise", "model.layers.*.mlp.down_proj": "rowwise"},
+        divided=("intermediate_size",),
+    )
 
     def __init__(self, config: TinymorferConfig) -> None:
         super().__init__(config)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.shards import Shard, open_shards, tokenize, tokenizer_hash, write_shard
+from training.shards import Shard, fingerprint, open_shards, tokenize, tokenizer_hash, write_shard
 
 SHA = bytes(range(32))
 
@@ -72,7 +72,7 @@ def test_damaged_shard_is_refused(tmp_path: Path, damage: Callable[[bytes], byte
     path = tmp_path / "00000.shard"
     write_shard(path, [[1, 2, 3]], 10, SHA)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError):  # noqa: PT011  numpy words the refusal of a short file
+    with pytest.raises(ValueError, match=r"00000\.shard is (not a token shard|damaged)"):
         Shard(path)
 
 
@@ -93,7 +93,9 @@ def test_any_number_of_workers_writes_the_same_files(tmp_path: Path, tokenizer_d
         out = tmp_path / f"with {workers}"
         finished: list[int] = []
         manifest = tokenize(iter(texts), out, tokenizer_dir, make_encoder, 100, 4, workers, finished.append)
-        assert manifest == {"shards": 7, "documents": 25, "tokens": sum(map(len, texts))}
+        assert [len(manifest["shards"]), manifest["documents"]] == [7, 25]
+        assert manifest["tokens"] == manifest["bytes"] == sum(map(len, texts))  # a token a letter
+        assert manifest["fingerprint"] == fingerprint(out)
         assert finished == [4] * 6 + [1]
         files.append({path.name: path.read_bytes() for path in out.iterdir()})
     assert len(files[0]) == 8
@@ -124,3 +126,56 @@ def test_folder_whose_tokenizer_changed_is_refused(tmp_path: Path, tokenizer_dir
     (tokenizer_dir / "tokenizer.json").write_text(json.dumps({"version": "2.0"}))
     with pytest.raises(ValueError, match="another tokenizer"):
         open_shards(tmp_path / "data", tokenizer_dir)
+
+
+@pytest.fixture
+def finished(tmp_path: Path, tokenizer_dir: Path) -> Path:
+    tokenize(iter(["one", "two", "three"]), tmp_path / "data", tokenizer_dir, make_encoder, 100, 1, 1)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "00001.shard").unlink(), r"00001\.shard is missing"),
+        (lambda f: (f / "00001.shard").write_bytes((f / "00001.shard").read_bytes()[:-1]), r"00001\.shard is damaged"),
+        (lambda f: flip(f / "00001.shard", 64), r"00001\.shard is damaged: its SHA-256"),
+        (lambda f: (f / "00001.shard").write_bytes((f / "00000.shard").read_bytes()), r"00001\.shard is damaged: its"),
+        (lambda f: (f / "00009.shard").write_bytes((f / "00000.shard").read_bytes()), r"00009\.shard is foreign"),
+        (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json is not a manifest"),
+        (lambda f: (f / "manifest.json").write_text('{"shards": 3, "documents": 3, "tokens": 9}'), "of version 1"),
+        (
+            lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace("00001", "00002", 1)),
+            "fingerprint",
+        ),
+    ],
+)
+def test_damaged_folder_is_refused_and_the_file_named(
+    finished: Path, tokenizer_dir: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    assert len(open_shards(finished, tokenizer_dir)) == 3
+    damage(finished)
+    with pytest.raises(ValueError, match=message):
+        open_shards(finished, tokenizer_dir)
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_without_verifying_sizes_are_still_compared(finished: Path, tokenizer_dir: Path) -> None:
+    flip(finished / "00001.shard", 64)
+    assert len(open_shards(finished, tokenizer_dir, verify=False)) == 3
+    (finished / "00001.shard").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"00001\.shard is damaged"):
+        open_shards(finished, tokenizer_dir, verify=False)
+
+
+def test_fingerprint_changes_with_the_documents(tmp_path: Path, tokenizer_dir: Path) -> None:
+    found = set()
+    for name, text in (("a", "one"), ("b", "one"), ("c", "two")):
+        tokenize(iter([text]), tmp_path / name, tokenizer_dir, make_encoder, 100, 1, 1)
+        found.add(fingerprint(tmp_path / name))
+    assert len(found) == 2

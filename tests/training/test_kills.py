@@ -1,0 +1,151 @@
+"""A real run is killed at random moments and continued until it is done: the weights are those of one that was not."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+STEPS = 30
+RECIPE = f"""
+corpus:
+  facts: CORPUS/facts.jsonl
+  evaluation: CORPUS/evaluation.jsonl
+  renders: 8
+tokenizer:
+  vocab_size: 300
+model:
+  preset: tiny
+  changes:
+    residual_dropout: 0.1
+train:
+  steps: {STEPS}
+  window: 64
+  batch_size: 2
+  accumulation: 2
+  threads: 1
+  log_every: 1
+  eval_every: 10
+  checkpoint_every: 1
+  keep_best: true
+"""
+PHRASING = """
+[templates]
+colour = ["which colour has {t}", "{t} colour"]
+[follow_ups]
+colour = ["and its colour?"]
+[noise]
+openings = ["well, "]
+closings = [" please"]
+stop_words = ["the", "is"]
+[synonyms]
+sets = [["colour", "hue"], ["big", "large"]]
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    facts, held_out = [], []
+    for topic, colour in (("the sun", "yellow"), ("a leaf", "green"), ("a brick", "red"), ("the sea", "blue")):
+        facts.append({"id": topic, "area": "Things", "topic": topic, "aliases": [topic], "aspect": "colour",
+                      "questions": [f"What colour is {topic}?", f"Tell me the colour of {topic}."],
+                      "answer": f"It is {colour}."})  # fmt: skip
+        held_out.append({"id": topic, "question": f"{topic}, its colour?"})
+    for name, rows in (("facts", facts), ("evaluation", held_out)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "phrasing.toml").write_text(PHRASING)
+    (folder / "things.yaml").write_text(RECIPE.replace("CORPUS", str(folder)))
+    return folder / "things.yaml"
+
+
+def start(recipe: Path, out: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "clients.cli", "train", "--recipe", recipe, "--out", out, "--resume", "auto"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finished(recipe: Path, out: Path) -> str:
+    """Runs to the end; the hash of the weights."""
+    child = start(recipe, out)
+    said, _ = child.communicate(timeout=300)
+    assert child.returncode == 0, said
+    assert list((out / "checkpoints").glob("*.partial")) == []
+    return hashlib.sha256((out / "final/model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return finished(recipe, tmp_path_factory.mktemp("runs") / "straight")
+
+
+def kill_when(recipe: Path, out: Path, moment: Callable[[], bool]) -> bool:
+    """Kills a run as soon as ``moment`` is there; whether that was before its end."""
+    child = start(recipe, out)
+    try:
+        deadline = time.monotonic() + 120
+        while child.poll() is None and not moment():
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+            return True
+        assert child.returncode == 0, child.communicate()[0]
+        return False
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def writing(out: Path, seen: set[str], after: int) -> Callable[[], bool]:
+    """Whether the run is writing the checkpoint that is ``after`` checkpoints further than those already seen."""
+    begun: set[str] = set()
+
+    def moment() -> bool:
+        begun.update(path.name for path in out.glob("checkpoints/step-*.partial") if path.name not in seen)
+        return len(begun) > after
+
+    return moment
+
+
+def later(seconds: float) -> Callable[[], bool]:
+    then = time.monotonic() + seconds
+    return lambda: time.monotonic() > then
+
+
+def killed_and_continued(recipe: Path, out: Path, kills: int, seed: int) -> tuple[str, int]:
+    """The hash of the final weights, and how many of the kills came before the end."""
+    rng = random.Random(seed)
+    done = 0
+    for i in range(kills):
+        if (out / "final").exists():
+            break
+        seen = {path.name for path in out.glob("checkpoints/*.partial")}
+        # By turns while a checkpoint is written, and whenever: at the start, between steps, at the end.
+        moment = writing(out, seen, rng.randrange(3)) if i % 2 == 0 else later(rng.uniform(0, 12))
+        done += kill_when(recipe, out, moment)
+    return finished(recipe, out), done
+
+
+def test_three_kills(recipe: Path, uninterrupted: str, tmp_path: Path) -> None:
+    weights, kills = killed_and_continued(recipe, tmp_path / "run", 3, seed=0)
+    assert kills >= 2
+    assert weights == uninterrupted
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills(recipe: Path, uninterrupted: str, tmp_path: Path) -> None:
+    done, i = 0, 0
+    while done < 20:  # in as many runs as it takes
+        weights, kills = killed_and_continued(recipe, tmp_path / f"run{i}", 20 - done, seed=100 + i)
+        assert weights == uninterrupted
+        done, i = done + kills, i + 1

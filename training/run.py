@@ -1,0 +1,113 @@
+"""A run's directory, and how a run ends before its last step.
+
+recipe.yaml  environment.json  train.log  metrics.jsonl  samples.jsonl  curves.png  curves.svg
+tokenizer/  data/ (rendered corpora)  checkpoints/  final/
+"""
+
+import json
+import signal
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from training import recipe as recipes
+from training import state
+from training.environment import describe
+from training.recipe import Recipe
+
+
+class Stopped(Exception):
+    """A run was asked to end by a signal, and its state is saved."""
+
+    def __init__(self, number: int, step: int, path: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, which is saved in {path}")
+        self.exit_code = 128 + number
+
+
+class Stop:
+    """Within it, the first SIGTERM or SIGINT is noted, for the loop to end at the next step; a second one interrupts."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """What a run tells: on the console, and with the time in ``train.log``. Silent where the rank is not the main one."""
+
+    def __init__(self, out: Path, console: Console, main: bool) -> None:
+        self.console, self._path = console, out / "train.log" if main else None
+
+    def plain(self, text: str) -> None:
+        """Tells what is not this program's own wording, and may hold brackets."""
+        self(escape(text))
+
+    def __call__(self, text: str) -> None:
+        """``text`` may have rich's markup."""
+        if self._path is None:
+            return
+        self.console.print(text, highlight=False)
+        try:
+            with self._path.open("a") as f:
+                f.write(
+                    f"{datetime.now().astimezone().isoformat(timespec='seconds')}  {Text.from_markup(text).plain}\n"
+                )
+        except OSError:
+            pass  # a full disk is told by what matters: checkpoints and metrics
+
+
+def begin(recipe: Recipe, out: Path, resume: str) -> Path | None:
+    """Prepares the directory, and finds the checkpoint to go on from. Called on the main rank.
+
+    Args:
+        resume: "auto": the newest checkpoint, if there is one; "never": ``out`` must have none; or a checkpoint's path.
+
+    Raises:
+        ValueError: ``out`` holds a run with another recipe, or there is no such checkpoint.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "recipe.yaml"
+    if path.exists():
+        before = recipes.parse(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(before, dict):
+            raise ValueError(f"{path} is damaged: it is not a recipe; choose another --out")
+        refuse_other_recipe(before, recipe, out)
+    newest = state.newest(out / "checkpoints")
+    if resume == "never" and newest is not None:
+        raise ValueError(
+            f"{out} holds a run already (step {int(newest.name[5:])}): choose another --out, or --resume auto"
+        )
+    if resume not in ("auto", "never"):
+        newest = Path(resume)
+        if not (newest / "state.json").is_file():
+            raise ValueError(f"--resume: {newest} is not a checkpoint (it has no state.json)")
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    (out / "environment.json").write_text(json.dumps(describe(), indent=1) + "\n")
+    return newest
+
+
+def refuse_other_recipe(before: dict[str, Any], recipe: Recipe, where: Path) -> None:
+    """Raises ValueError where a run cannot be continued with this recipe, naming the fields."""
+    now = recipe.to_dict()
+    if names := recipes.changed(before, now):
+        said = ", ".join(names)
+        raise ValueError(
+            f"{where} holds a run with another recipe ({said}): choose another --out, or delete it to start over"
+        )
