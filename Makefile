@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/installed
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
-$(INSTALLED): pyproject.toml requirements/cpu.txt requirements/dev.txt requirements/openai-2.txt requirements/install.sh
+$(INSTALLED): pyproject.toml requirements/cpu.txt requirements/train.txt requirements/dev.txt requirements/openai-2.txt requirements/install.sh
 	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@requirements/install.sh $(VENV)
 	@touch $@

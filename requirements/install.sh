@@ -29,7 +29,8 @@ if ! pip_install "torch==$torch" >/dev/null; then
 fi
 echo "[2/4] vLLM for CPUs and what it needs (about 3 minutes)"
 pip_install -r "$here/cpu.txt"
-echo "[3/4] development tools"
+echo "[3/4] training and development tools"
+pip_install -r "$here/train.txt"
 pip_install -r "$here/dev.txt"
 pip_install --target "$venv/openai-2" --upgrade -r "$here/openai-2.txt"
 echo "[4/4] medassist"

@@ -97,12 +97,12 @@ def kill_when(recipe: Path, out: Path, moment: Callable[[], bool]) -> bool:
             time.sleep(0.0005)
         if child.poll() is None:
             child.send_signal(signal.SIGKILL)
-            return True
-        assert child.returncode == 0, child.communicate()[0]
-        return False
+        said, _ = child.communicate(timeout=60)
+        assert child.returncode in (0, -signal.SIGKILL), said
+        return child.returncode != 0
     finally:
         child.kill()
-        child.communicate()
+        child.wait()
 
 
 def writing(out: Path, seen: set[str], after: int) -> Callable[[], bool]:
