@@ -33,7 +33,8 @@ lint: $(INSTALLED)  ## ruff and mypy
 	@$(BIN)/mypy
 
 test: lint  ## lint, types, unit tests, and end-to-end tests against a real engine
-	@$(BIN)/python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not engine" -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m "not slow and engine"
 
 parity: $(INSTALLED)  ## served against trained log-probabilities, the whole matrix; ARCH=gpt: one architecture
 	@MEDASSIST_ARCH=$(if $(filter command line,$(origin ARCH)),$(ARCH)) $(BIN)/python -m pytest tests/parity -m "slow or not slow"

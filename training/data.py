@@ -7,9 +7,9 @@ start again at 0 with each, which the models take as a boundary. A document long
 
 **stream**: a window is the next stretch of all text; documents in it see each other, positions run through.
 
-Which windows a step sees is a pure function of (seed, step): windows are counted through all epochs, and the permutation
-of an epoch is computed, not stored. So a resumed run needs its step alone, and any number of ranks share a step's
-windows without talking. Tokens are read from the mapped files; in memory are eight bytes a window.
+Which windows a step sees is a pure function of (seed, step): windows are counted through all epochs, and the
+permutation of an epoch is computed, not stored. So a resumed run needs its step alone, and any number of ranks share a
+step's windows without talking. Tokens are read from the mapped files; in memory are eight bytes a window.
 """
 
 from collections.abc import Iterator

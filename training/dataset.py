@@ -1,4 +1,4 @@
-"""Where a run's text comes from: a directory made by ``medassist data prepare``, or a corpus rendered into the run's own.
+"""Where a run's text comes from: a directory made by ``medassist data prepare``, or a corpus rendered into its own.
 
 Both are a tokenizer and folders of shards. The run keeps the tokenizer; a prepared directory stays where it is.
 """

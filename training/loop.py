@@ -3,14 +3,15 @@
     recipe -> text -> windows -> steps -> RUN/final
 
 A step is ``batch_size * accumulation`` windows, whatever the number of ranks. Every rank computes its share in
-micro-batches; sums of losses are divided by what the whole step has of them, gradients are summed over ranks. So neither
-accumulation nor ranks change what a step does. Running the same command again continues from the newest checkpoint.
+micro-batches; sums of losses are divided by what the whole step has of them, gradients are summed over ranks. So
+neither accumulation nor ranks change what a step does. The same command again continues from the newest checkpoint.
 """
 
+import json
 import math
 import os
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,8 +101,8 @@ def check_ranks(recipe: Recipe, world: int) -> None:
     t, windows = recipe.train, recipe.windows_a_step
     if windows % world or (windows // world) % min(t.batch_size, windows // world):
         raise ValueError(
-            f"a step of {windows} windows (train.batch_size {t.batch_size} * train.accumulation {t.accumulation}) cannot "
-            f"be cut into {world} equal shares of whole micro-batches: change one of them, or the number of ranks"
+            f"a step of {windows} windows (train.batch_size {t.batch_size} * train.accumulation {t.accumulation}) "
+            f"cannot be cut into {world} equal shares of whole micro-batches: change one, or the number of ranks"
         )
 
 
@@ -166,9 +167,10 @@ def _train(recipe: Recipe, out: Path, ranks: Ranks, say: Log, resume: str) -> Pa
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """What of a model's configuration decides its numbers."""
+    """What of a model's configuration decides its numbers, as a checkpoint gives it back: JSON has no integer keys."""
     left_out = ("transformers_version", "_name_or_path", "architectures", "dtype", "use_cache")
-    return {key: value for key, value in config.to_dict().items() if key not in left_out}
+    settings = {key: value for key, value in config.to_dict().items() if key not in left_out}
+    return dict(json.loads(json.dumps(settings)))
 
 
 def _refuse_other_run(before: dict[str, Any], facts: dict[str, Any], recipe: Recipe, path: Path, say: Log) -> None:
@@ -261,7 +263,7 @@ def evaluate(
     """
     model, ranks = trainable.model, trainable.ranks
     model.eval()
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()
     text_bytes = 0
     for batch in data.in_order(batch_size, ranks.rank, ranks.world, limit):

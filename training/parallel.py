@@ -34,6 +34,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling.layers.objective import Batch, Objective
+from training.acceleration import autocast
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 # Bytes a parameter costs a rank of DDP: weight, gradient and AdamW's two averages, float32 (buckets are the gradients).
@@ -171,7 +172,7 @@ class Trainable:
         return measured
 
     def _autocast(self) -> Any:
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+        return autocast(self.ranks.device, self.precision)
 
     @torch.no_grad()
     def clip(self, norm: float) -> float:

@@ -218,7 +218,7 @@ def build(values: dict[str, Any]) -> Recipe:
         ValueError: an unknown field or a value that does not fit; the message names the field.
     """
     try:
-        return Recipe(**values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
         raise ValueError("; ".join(_explained(e) for e in error.errors())) from None
 
@@ -226,7 +226,7 @@ def build(values: dict[str, Any]) -> Recipe:
 def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The fields, as ``section.name``, in which two recipes differ and that a run cannot be continued without."""
     old, new = ({**r, "train": {**r.get("train", {}), "batch_size": None, "accumulation": None,
-                                "windows_a_step": r.get("train", {}).get("batch_size", 0)
+                                "batch_size * accumulation": r.get("train", {}).get("batch_size", 0)
                                 * r.get("train", {}).get("accumulation", 0)}} for r in (old, new))  # fmt: skip
     names = {f"{s}.{n}" if isinstance(v, dict) else s for r in (old, new) for s, v in r.items()
              for n in (v if isinstance(v, dict) else [s])}  # fmt: skip
@@ -287,6 +287,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # no key of a recipe: refused below
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
             seen.add(key.value)
@@ -310,3 +312,5 @@ def parse(text: str, where: str) -> Any:
         mark = error.problem_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{where}{line}: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise ValueError(f"{where}: {error}") from None

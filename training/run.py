@@ -5,6 +5,7 @@ tokenizer/  data/ (rendered corpora)  checkpoints/  final/
 """
 
 import json
+import os
 import signal
 from datetime import datetime
 from pathlib import Path
@@ -30,7 +31,7 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Within it, the first SIGTERM or SIGINT is noted, for the loop to end at the next step; a second one interrupts."""
+    """Within it, the first SIGTERM or SIGINT is noted, for the loop to end after its step; a second one interrupts."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -50,7 +51,7 @@ class Stop:
 
 
 class Log:
-    """What a run tells: on the console, and with the time in ``train.log``. Silent where the rank is not the main one."""
+    """What a run tells: on the console, and with the time in ``train.log``. Silent on ranks but the main one."""
 
     def __init__(self, out: Path, console: Console, main: bool) -> None:
         self.console, self._path = console, out / "train.log" if main else None
@@ -98,9 +99,19 @@ def begin(recipe: Recipe, out: Path, resume: str) -> Path | None:
         newest = Path(resume)
         if not (newest / "state.json").is_file():
             raise ValueError(f"--resume: {newest} is not a checkpoint (it has no state.json)")
-    path.write_text(recipe.to_yaml(), encoding="utf-8")
-    (out / "environment.json").write_text(json.dumps(describe(), indent=1) + "\n")
+    _replace(path, recipe.to_yaml())
+    _replace(out / "environment.json", json.dumps(describe(), indent=1) + "\n")
     return newest
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: half a recipe would refuse the run that is continued after a kill."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    partial.replace(path)
 
 
 def refuse_other_recipe(before: dict[str, Any], recipe: Recipe, where: Path) -> None:

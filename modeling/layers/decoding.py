@@ -92,6 +92,9 @@ class CausalLMHead(LanguageModelObjective):
     (B, T; -100 is ignored; shifted here), and returns logits (B, T, V).
     """
 
+    # Hugging Face's Trainer would take **kwargs for a sign that the loss is divided by its ``num_items_in_batch``.
+    accepts_loss_kwargs = False
+
     def forward(
         self,
         input_ids: Tensor | None = None,

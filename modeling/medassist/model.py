@@ -6,7 +6,7 @@ RMSNorm: Zhang & Sennrich 2019. Grouped-query attention: Ainslie et al. 2023. Sw
 embedding scale, tied head. Tensor names are Llama's. With ``rope_layout="per_head"`` the module computes exactly what
 ``LlamaForCausalLM`` does with the same weights (``tests/modeling/test_medassist.py``).
 
-Deliberately missing: attention weights as an output, and gradient checkpointing (the sizes it serves do not need it).
+Deliberately missing: attention weights as an output.
 
 Shapes: B batch, T new tokens, S tokens with the cached ones, C hidden_size, F intermediate_size, V vocab_size,
 H query heads, K key/value heads, D head_dim.

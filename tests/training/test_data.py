@@ -1,8 +1,8 @@
-"""Packed windows: every document whole and once an epoch, in an order that only seed and epoch decide."""
+"""Windows: every token learnt once an epoch, in an order that only seed and step decide."""
 
 from collections import Counter
 from collections.abc import Iterable
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from modeling.layers.objective import IGNORED, count
-from training.data import Batch, PackedDocuments
+from training.data import Batch, Windows, permuted
 from training.shards import Shard, write_shard
 
 WINDOW = 16
 # 60 documents of 2 to 17 tokens; each starts with an id of its own.
 DOCUMENTS = [[100 + i, *(3 + (i * k) % 50 for k in range(1 + i * 7 % 16))] for i in range(60)]
+# Documents whose tokens are all different, from none to many times a window; a multiple of the window on purpose.
+LENGTHS = (0, 3, 100, 1, 17, 33, 16, 18, 2, 70, 5)
+LONG = [list(range(start, start + n)) for start, n in zip(np.cumsum([0, *LENGTHS[:-1]]).tolist(), LENGTHS, strict=True)]
 
 
 def open_documents(tmp_path: Path, *parts: list[list[int]]) -> list[Shard]:
@@ -29,8 +32,8 @@ def shards(tmp_path: Path) -> list[Shard]:
     return open_documents(tmp_path, DOCUMENTS[:25], DOCUMENTS[25:])
 
 
-def pack(shards: list[Shard], batch_size: int = 2, seed: int = 7) -> PackedDocuments:
-    return PackedDocuments(shards, WINDOW, batch_size, seed)
+def epoch(data: Windows, number: int = 0) -> Batch:
+    return data.batch(data.numbers(number * len(data), len(data)))
 
 
 def contents(batches: Iterable[Batch]) -> list[tuple[int, ...]]:
@@ -41,7 +44,7 @@ def contents(batches: Iterable[Batch]) -> list[tuple[int, ...]]:
             starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(ids)]
             for a, b in pairwise(starts):
                 if labels[a] != IGNORED:
-                    found.append((int(ids[a]), *labels[a:b].tolist()))
+                    found.append((int(ids[a]), *labels[a:b][labels[a:b] != IGNORED].tolist()))
     return found
 
 
@@ -51,99 +54,150 @@ def same(a: Batch, b: Batch) -> bool:
     )
 
 
+def joined(batches: list[Batch]) -> Batch:
+    return Batch(*(torch.cat([getattr(b, n) for b in batches]) for n in vars(batches[0])))
+
+
+@pytest.mark.parametrize("n", [*range(1, 70), 255, 256, 257, 1000, 4097])
+def test_the_order_of_an_epoch_is_a_permutation(n: int) -> None:
+    for seed, number in ((0, 0), (0, 1), (7, 0)):
+        assert sorted(permuted(np.arange(n), n, seed, number).tolist()) == list(range(n))
+
+
+def test_orders_differ_by_seed_and_epoch_and_are_computed_place_by_place() -> None:
+    n, places = 1000, np.arange(1000)
+    orders = [permuted(places, n, seed, number) for seed, number in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    for i, a in enumerate([places, *orders]):
+        for b in orders[i:]:
+            assert int((a == b).sum()) < 10  # of random permutations about one element is in place
+    some = np.array([999, 3, 3, 500])
+    assert permuted(some, n, 0, 0).tolist() == orders[0][some].tolist()
+    assert some.tolist() == [999, 3, 3, 500]
+
+
 def test_every_document_appears_whole_and_once_an_epoch(shards: list[Shard]) -> None:
-    assert Counter(contents(pack(shards, batch_size=1).epoch())) == Counter(map(tuple, DOCUMENTS))
+    assert Counter(contents([epoch(Windows(shards, WINDOW, 7))])) == Counter(map(tuple, DOCUMENTS))
 
 
-def test_only_windows_that_fill_no_batch_are_dropped(shards: list[Shard]) -> None:
-    windows = list(pack(shards, batch_size=1).epoch())
-    size = next(n for n in range(3, 9) if len(windows) % n)
-    batches = list(pack(shards, batch_size=size).epoch())
-    assert len(batches) == len(windows) // size
-    assert contents(batches) == contents(windows[: len(batches) * size])
+def test_every_target_of_cut_documents_appears_once_an_epoch_with_its_own_input(tmp_path: Path) -> None:
+    data = Windows(open_documents(tmp_path, LONG[:4], [], LONG[4:]), WINDOW, 0)
+    assert sorted(data.numbers(0, len(data)).tolist()) == list(range(len(data)))
+    batch = epoch(data)
+    learnt = batch.labels != IGNORED
+    targets = [token for document in LONG for token in document[1:]]
+    assert sorted(batch.labels[learnt].tolist()) == targets
+    assert torch.equal(batch.input_ids[learnt], batch.labels[learnt] - 1)  # the token before it in its document
+    assert torch.equal(learnt, batch.is_text)
+    # A document goes on at the next position, or as a new one at 0; another document starts at 0.
+    following = learnt[:, 1:] & (batch.input_ids.diff() == 1) & (batch.position_ids[:, 1:] > 0)
+    assert bool(((batch.position_ids[:, 1:] == 0) | following | ~learnt[:, 1:]).all())
+
+
+def test_windows_hold_as_many_documents_as_fit(tmp_path: Path) -> None:
+    data = Windows(open_documents(tmp_path, [[1] * 9, [2] * 9, [3] * 10, [4] * 8, [5] * 40]), WINDOW, 0)
+    assert data.batch(np.arange(len(data))).is_text.sum(1).tolist() == [16, 16, 16, 16, 7]
 
 
 def test_inputs_positions_and_padding_of_a_window(tmp_path: Path) -> None:
-    batch = next(PackedDocuments(open_documents(tmp_path, [[5, 6, 7, 8]]), 6, 1, 0).epoch())
-    assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0, 0]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2]]
-    assert batch.labels.tolist() == [[6, 7, 8, IGNORED, IGNORED, IGNORED]]
+    data = Windows(open_documents(tmp_path, [[5, 6, 7, 8]]), 6, 0)
+    batch = data.batch(np.array([0]), rows=2)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0, 0], [0] * 6]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]
+    assert batch.labels.tolist() == [[6, 7, 8, IGNORED, IGNORED, IGNORED], [IGNORED] * 6]
     assert count(batch.labels) == 3
-    assert batch.is_text.tolist() == [[True, True, True, False, False, False]]
+    assert batch.is_text.tolist() == [[True, True, True, False, False, False], [False] * 6]
 
 
 def test_positions_count_from_zero_in_each_document(shards: list[Shard]) -> None:
-    for batch in pack(shards).epoch():
-        for positions in batch.position_ids:
-            starts = positions == 0
-            assert starts[0]
-            assert bool((starts[1:] | (positions.diff() == 1)).all())
+    for positions in epoch(Windows(shards, WINDOW, 7)).position_ids:
+        starts = positions == 0
+        assert starts[0]
+        assert bool((starts[1:] | (positions.diff() == 1)).all())
 
 
 def test_labels_are_the_next_tokens_of_answers_alone(tmp_path: Path) -> None:
     start, end, end_of_text = 1, 2, 0
     document = [50, 51, start, 60, 61, end, 52, start, 62, end, end_of_text]
-    data = PackedDocuments(open_documents(tmp_path, [document]), 10, 1, 0, answer_span=(start, end))
-    batch = next(data.epoch())
+    batch = epoch(Windows(open_documents(tmp_path, [document]), 10, 0, answer_span=(start, end)))
     _ = IGNORED
     assert batch.input_ids.tolist() == [document[:-1]]
     assert batch.labels.tolist() == [[_, _, 60, 61, end, _, _, 62, end, _]]
     assert count(batch.labels) == 5
 
 
+def test_stream_windows_are_the_text_as_it_is_stored(tmp_path: Path) -> None:
+    parts = ([[*range(10)], [10], [*range(11, 40)]], [[*range(100, 109)]], [[*range(200, 209)]])
+    data = Windows(open_documents(tmp_path, *parts), 8, 0, stream=True)
+    batch = data.batch(np.arange(len(data)))
+    firsts = [0, 8, 16, 24, 100, 200]  # a window needs the token after it: the last 7 of 40 fill none
+    assert batch.input_ids.tolist() == [list(range(a, a + 8)) for a in firsts]
+    assert batch.labels.tolist() == [list(range(a + 1, a + 9)) for a in firsts]
+    assert batch.position_ids.tolist() == [list(range(8))] * len(firsts)
+    assert bool(batch.is_text.all())
+    assert sorted(epoch(data).input_ids[:, 0].tolist()) == firsts
+
+
+def test_stream_windows_know_no_answers(shards: list[Shard]) -> None:
+    with pytest.raises(ValueError, match=r"train\.loss_on='answers'.*data\.windows=documents"):
+        Windows(shards, WINDOW, 0, stream=True, answer_span=(1, 2))
+
+
 def test_order_depends_on_seed_and_epoch_alone(shards: list[Shard]) -> None:
-    per_epoch = len(list(pack(shards).epoch()))
-    first, again = (contents(islice(pack(shards).batches(), per_epoch)) for _ in range(2))
-    assert first == again
-    assert first != contents(islice(pack(shards, seed=8).batches(), per_epoch))
-    second = contents(islice(pack(shards).batches(), per_epoch, 2 * per_epoch))
-    assert first != second
+    data = Windows(shards, WINDOW, 7)
+    first = contents([epoch(data)])
+    assert first == contents([epoch(Windows(shards, WINDOW, 7))])
+    assert first != contents([epoch(Windows(shards, WINDOW, 8))])
+    assert first != contents([epoch(data, 1)])
+    assert sorted(first) == sorted(contents([epoch(data, 1)]))
+    assert first == contents([epoch(data)])  # whatever was asked for in between
 
 
-def test_order_does_not_depend_on_how_documents_are_cut_into_shards(shards: list[Shard], tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    others = open_documents(tmp_path / "other", DOCUMENTS[:3], [], DOCUMENTS[3:50], DOCUMENTS[50:])
-    assert contents(pack(shards).epoch()) == contents(pack(others).epoch())
+def test_windows_are_counted_on_through_all_epochs(shards: list[Shard]) -> None:
+    data = Windows(shards, WINDOW, 7)
+    whole = [number for e in range(4) for number in data.numbers(e * len(data), len(data)).tolist()]
+    assert [int(data.numbers(i, 1)[0]) for i in range(len(whole))] == whole
+    assert data.numbers(len(data) - 3, 2 * len(data)).tolist() == whole[len(data) - 3 :][: 2 * len(data)]
 
 
-@pytest.mark.parametrize("first", [0, 1, 13, 40, 95])
-def test_starting_late_equals_skipping_batches_across_epochs(shards: list[Shard], first: int) -> None:
-    assert 5 < len(list(pack(shards).epoch())) < 40  # so that the cases begin in several epochs, and cross into others
-    skipped = islice(pack(shards).batches(), first, first + 30)
-    late = islice(pack(shards).batches(first=first), 30)
-    assert all(same(a, b) for a, b in zip(skipped, late, strict=True))
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("step", [0, 1, 9])  # several epochs
+def test_ranks_together_see_the_windows_that_one_sees(shards: list[Shard], world: int, step: int) -> None:
+    data = Windows(shards, WINDOW, 7)
+    alone = joined(data.micro_batches(step, 8, 8))
+    shares = [data.micro_batches(step, 8, 2, rank, world) for rank in range(world)]
+    assert {len(batch.input_ids) for share in shares for batch in share} == {2}
+    assert same(joined([batch for share in shares for batch in share]), alone)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("limit", [0, 5])
+def test_ranks_together_evaluate_every_window_once(shards: list[Shard], world: int, limit: int) -> None:
+    data = Windows(shards, WINDOW, 7)
+    ranks = [list(data.in_order(3, rank, world, limit)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert {len(batch.input_ids) for batches in ranks for batch in batches} == {3}
+    wanted = [data.batch(np.arange(limit or len(data)))]
+    assert Counter(contents(batch for batches in ranks for batch in batches)) == Counter(contents(wanted))
 
 
 def test_shards_are_read_where_they_lie(shards: list[Shard]) -> None:
-    assert all(isinstance(shard.tokens, np.memmap) for shard in pack(shards).shards)
+    assert all(isinstance(shard.tokens, np.memmap) for shard in Windows(shards, WINDOW, 0).shards)
 
 
-def test_document_longer_than_a_window_is_refused(tmp_path: Path) -> None:
+def test_document_with_answers_longer_than_a_window_is_refused(tmp_path: Path) -> None:
     shards = open_documents(tmp_path, [list(range(18))])
-    with pytest.raises(ValueError, match="18 tokens"):
-        pack(shards)
+    with pytest.raises(ValueError, match=r"18 tokens.*17.*train\.window.*train\.loss_on=all"):
+        Windows(shards, WINDOW, 0, answer_span=(1, 2))
+    assert len(Windows(shards, WINDOW, 0)) == 2
 
 
-@pytest.mark.parametrize("parts", [(), ([],)], ids=["no shard", "empty shard"])
-def test_no_documents_are_refused(tmp_path: Path, parts: tuple[list[list[int]], ...]) -> None:
-    with pytest.raises(ValueError, match="no documents"):
-        pack(open_documents(tmp_path, *parts))
-
-
-def test_too_few_windows_for_a_batch_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lower train\.batch_size"):
-        next(pack(open_documents(tmp_path, [[1, 2, 3]])).batches())
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("parts", [(), ([],), ([[7], []],)], ids=["no shard", "empty shard", "single token"])
+def test_no_text_is_refused(tmp_path: Path, parts: tuple[list[list[int]], ...], stream: bool) -> None:
+    with pytest.raises(ValueError, match="no text to train on"):
+        Windows(open_documents(tmp_path, *parts), WINDOW, 0, stream)
 
 
 def test_documents_without_a_pair_of_tokens_change_nothing(tmp_path: Path) -> None:
-    with_empty = open_documents(tmp_path, [[], *DOCUMENTS[:30], [7], *DOCUMENTS[30:], []])
-    assert Counter(contents(pack(with_empty, batch_size=1).epoch())) == Counter(map(tuple, DOCUMENTS))
-
-
-def test_an_epoch_read_meanwhile_does_not_disturb_the_batches(shards: list[Shard]) -> None:
-    data, undisturbed = pack(shards), list(islice(pack(shards).batches(), 60))
-    batches = data.batches()
-    taken = list(islice(batches, 40))
-    list(data.epoch())
-    taken += islice(batches, 20)
-    assert all(map(same, taken, undisturbed))
+    with_empty = open_documents(tmp_path, [[], *DOCUMENTS[:30], [7], *DOCUMENTS[30:], []], [])
+    assert Counter(contents([epoch(Windows(with_empty, WINDOW, 0))])) == Counter(map(tuple, DOCUMENTS))

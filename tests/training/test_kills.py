@@ -27,10 +27,11 @@ model:
     residual_dropout: 0.1
 train:
   steps: {STEPS}
-  window: 64
+  window: 128
   batch_size: 2
   accumulation: 2
   threads: 1
+  loss_on: answers
   log_every: 1
   eval_every: 10
   checkpoint_every: 1
@@ -105,39 +106,51 @@ def kill_when(recipe: Path, out: Path, moment: Callable[[], bool]) -> bool:
         child.wait()
 
 
-def writing(out: Path, seen: set[str], after: int) -> Callable[[], bool]:
-    """Whether the run is writing the checkpoint that is ``after`` checkpoints further than those already seen."""
-    begun: set[str] = set()
+def beyond(names: Callable[[], set[str]], after: int) -> Callable[[], bool]:
+    """Whether more than ``after`` names are there that are not now."""
+    before, begun = names(), set[str]()
 
     def moment() -> bool:
-        begun.update(path.name for path in out.glob("checkpoints/step-*.partial") if path.name not in seen)
+        begun.update(names() - before)
         return len(begun) > after
 
     return moment
 
 
-def later(seconds: float) -> Callable[[], bool]:
-    then = time.monotonic() + seconds
+def moments(out: Path, rng: random.Random, number: int) -> Callable[[], bool]:
+    """By turns: while a checkpoint is written, between or within steps, and while the run begins."""
+    if number % 3 == 0:
+        return beyond(lambda: {path.name for path in out.glob("checkpoints/step-*.partial")}, rng.randrange(4))
+    if number % 3 == 1:
+        logged = beyond(lambda: {str((out / "metrics.jsonl").stat().st_size)} if (out / "metrics.jsonl").exists()
+                        else set(), rng.randrange(4))  # fmt: skip
+        delay, since = rng.uniform(0, 0.1), list[float]()
+
+        def moment() -> bool:
+            if not since and logged():
+                since.append(time.monotonic())
+            return bool(since) and time.monotonic() - since[0] > delay
+
+        return moment
+    then = time.monotonic() + rng.uniform(0, 5)
     return lambda: time.monotonic() > then
 
 
 def killed_and_continued(recipe: Path, out: Path, kills: int, seed: int) -> tuple[str, int]:
-    """The hash of the final weights, and how many of the kills came before the end."""
-    rng = random.Random(seed)
-    done = 0
-    for i in range(kills):
+    """The hash of the final weights, and how many of the kills came before the end, the last one in the export."""
+    rng, done = random.Random(seed), 0
+    for i in range(kills - 1):
+        done += kill_when(recipe, out, moments(out, rng, i))
         if (out / "final").exists():
             break
-        seen = {path.name for path in out.glob("checkpoints/*.partial")}
-        # By turns while a checkpoint is written, and whenever: at the start, between steps, at the end.
-        moment = writing(out, seen, rng.randrange(3)) if i % 2 == 0 else later(rng.uniform(0, 12))
-        done += kill_when(recipe, out, moment)
+    else:
+        done += kill_when(recipe, out, (out / "final.partial").exists)
     return finished(recipe, out), done
 
 
 def test_three_kills(recipe: Path, uninterrupted: str, tmp_path: Path) -> None:
     weights, kills = killed_and_continued(recipe, tmp_path / "run", 3, seed=0)
-    assert kills >= 2
+    assert kills == 3
     assert weights == uninterrupted
 
 

@@ -28,7 +28,8 @@ from torch import Tensor
 from modeling.deepseek.config import MedAssistDeepseekConfig
 from modeling.deepseek.losses import coefficient_of_variation
 from modeling.deepseek.model import MedAssistDeepseekForCausalLM
-from training.data import PackedDocuments
+from training import parallel
+from training.data import Windows
 from training.loop import train_step
 from training.optimizer import Optimizers
 from training.shards import Shard, write_shard
@@ -88,11 +89,11 @@ def load_by_step(
     )  # fmt: skip
     model = MedAssistDeepseekForCausalLM(config).train()
     optimizers = Optimizers(model, "muon", LR, 0.1, (0.9, 0.95))
-    data = PackedDocuments(shards, TOKENS_A_WINDOW, tokens // TOKENS_A_WINDOW, seed)
-    batches = data.batches()
+    trainable = parallel.distribute(model, parallel.start(), "auto", torch.float32)
+    data, windows = Windows(shards, TOKENS_A_WINDOW, seed), tokens // TOKENS_A_WINDOW
     load = []
-    for _ in range(steps):
-        step = train_step(model, optimizers, batches, accumulation=1, clip=1.0)
+    for number in range(steps):
+        step = train_step(trainable, optimizers, data.micro_batches(number, windows, windows), clip=1.0)
         load.append(torch.tensor(step.report["expert_load"], dtype=torch.float64))
     return torch.stack(load)
 
