@@ -67,10 +67,10 @@ def train(
     from training.recipe import load
 
     loaded = load(name or recipe, [*(sets or ()), *([f"data.path={data}"] if data else ())])
+    with needs("train"):
+        from training import dry, loop
+        from training.run import Stopped
     try:
-        with needs("train"):
-            from training import dry, loop
-            from training.run import Stopped
         if dry_run:
             dry.show(loaded, out)
             return

@@ -19,6 +19,9 @@ def write(directory: Path, model: Any, tokenizer: Any, generation: dict[str, Any
         model: a ``PreTrainedModel`` of the registry; converted to float32, in which it is written.
         tokenizer: a Hugging Face fast tokenizer with a chat template.
         generation: sampling defaults, such as ``{"temperature": 0.2, "top_p": 0.95}``.
+
+    Raises:
+        OSError: there is no room, or no permission; ``directory`` is as it was.
     """
     from transformers import GenerationConfig
 
@@ -31,9 +34,15 @@ def write(directory: Path, model: Any, tokenizer: Any, generation: dict[str, Any
     model.generation_config = GenerationConfig(
         eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id, do_sample=bool(generation), **(generation or {})
     )
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    fingerprint.record(model, temporary)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        fingerprint.record(model, temporary)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if "(os error " in str(error):  # safetensors and tokenizers, written in Rust, raise their own
+            raise OSError(f"{directory} could not be written: {error}") from error
+        raise
     old = directory.with_name(directory.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():

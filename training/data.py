@@ -23,6 +23,10 @@ from modeling.layers.objective import IGNORED
 from training.shards import Shard
 
 
+class NoText(ValueError):
+    """There is nothing in the shards that a window could be made of."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch. B windows, T tokens each.
@@ -58,7 +62,8 @@ class Windows:
             ``end``. None: on every token.
 
     Raises:
-        ValueError: no text to learn from, or settings that do not fit together.
+        NoText: there is nothing to learn from.
+        ValueError: settings that do not fit together.
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class Windows:
                   for shard, starts in zip(shards, self._starts, strict=True)]  # fmt: skip
         self.first_of_shard = np.cumsum([0, *counts])
         if not len(self):
-            raise ValueError("there is no text to train on: no document has two tokens, or none fills a window")
+            raise NoText("there is no text to train on: no document has two tokens, or none fills a window")
 
     def __len__(self) -> int:
         """Windows an epoch."""

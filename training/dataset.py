@@ -16,7 +16,7 @@ from modeling import registry
 from modeling.tokenizers import ASSISTANT, END_OF_TURN, train_bpe
 from training import shards
 from training.corpus import Phrasing, Renderer, encode_conversation, read_evaluation, read_facts, resolve
-from training.data import Windows
+from training.data import NoText, Windows
 from training.progress import bar
 from training.recipe import Recipe
 
@@ -38,8 +38,11 @@ class Dataset:
     held_out: Path
     fingerprint: str
 
-    def windows(self, recipe: Recipe) -> tuple[Windows, Windows | None]:
+    def windows(self, recipe: Recipe, verify: bool = True) -> tuple[Windows, Windows | None]:
         """Windows of the training text and of the held-out text, which may be too little for any.
+
+        Args:
+            verify: false where another rank does what ``data.verify`` asks for.
 
         Raises:
             ValueError: a shard is missing or damaged, or the recipe's settings do not fit the text.
@@ -53,17 +56,19 @@ class Dataset:
                 )
 
         def of(folder: Path, seed: int) -> Windows:
-            opened = shards.open_shards(folder, self.tokenizer_dir, verify=recipe.data.verify)
-            return Windows(opened, t.window, seed, recipe.data.windows == "stream", span)
+            opened = shards.open_shards(folder, self.tokenizer_dir, verify=verify and recipe.data.verify)
+            windows = Windows(opened, t.window, seed, recipe.data.windows == "stream", span)
+            if span and not any(bool((shard.tokens == span[0]).any()) for shard in opened):
+                raise ValueError(
+                    f"train.loss_on 'answers': no document in {folder} has any {ASSISTANT}; set it to 'all'"
+                )
+            return windows
 
-        has_held_out = bool(shards.read_manifest(self.held_out)["tokens"]) if self.held_out.is_dir() else False
         train = of(self.train, t.seed)
         try:
-            return train, of(self.held_out, 0) if has_held_out else None
-        except ValueError as error:
-            if "no text" in str(error):
-                return train, None
-            raise
+            return train, of(self.held_out, 0) if self.held_out.is_dir() else None
+        except NoText:
+            return train, None
 
     def manifests(self) -> dict[str, dict[str, Any]]:
         """Split -> its manifest."""

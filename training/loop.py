@@ -7,7 +7,6 @@ micro-batches; sums of losses are divided by what the whole step has of them, gr
 neither accumulation nor ranks change what a step does. The same command again continues from the newest checkpoint.
 """
 
-import json
 import math
 import os
 import shutil
@@ -32,7 +31,7 @@ from training.parallel import Ranks, Trainable
 from training.progress import bar
 from training.publish import Upload
 from training.recipe import Recipe
-from training.run import Log, Stop, Stopped, begin, refuse_other_recipe
+from training.run import Log, Stop, Stopped, begin, refuse_other_run, settings
 from training.samples import sample
 from training.trackers import JsonLines, Trackers
 
@@ -45,7 +44,7 @@ def train(recipe: Recipe, out: Path, console: Console | None = None, resume: str
 
     Raises:
         ValueError: settings that do not fit together or the machine, a damaged file, or ``out`` holds another run.
-        Stopped: SIGTERM or SIGINT came; the state is saved.
+        Stopped: SIGTERM or SIGINT came; the state is saved, where it could be.
     """
     torch.set_num_threads(recipe.train.threads or len(os.sched_getaffinity(0)))
     ranks = parallel.start(recipe.parallel.tensor)
@@ -111,22 +110,24 @@ def _train(recipe: Recipe, out: Path, ranks: Ranks, say: Log, resume: str) -> Pa
     check_ranks(recipe, ranks.world)
     precision = acceleration.resolve_precision(t.precision, ranks.device)
     preset_of(recipe)  # before any work
-    newest = begin(recipe, out, resume) if ranks.main else None
-    dataset = open_dataset(recipe, out, say.console) if ranks.main else None
-    ranks.barrier()
-    if dataset is None:  # the files are there now
-        newest = state.newest(out / "checkpoints") if resume in ("auto", "never") else Path(resume)
-        dataset = open_dataset(recipe, out, say.console, main=False)
-    data, held_out = dataset.windows(recipe)
 
+    def opened() -> tuple[Path | None, Dataset, Windows, Windows | None]:
+        if ranks.main:
+            newest = begin(recipe, out, resume)
+        else:
+            newest = state.newest(out / "checkpoints") if resume in ("auto", "never") else Path(resume)
+        dataset = open_dataset(recipe, out, say.console, ranks.main)
+        return newest, dataset, *dataset.windows(recipe, verify=ranks.main)
+
+    newest, dataset, data, held_out = ranks.main_first(opened)
     model = build(recipe, len(dataset.tokenizer), dataset.tokenizer.eos_token_id)
     facts = {
-        "recipe": recipe.to_dict(), "data": dataset.fingerprint, "config": _settings(model.config),
+        "recipe": recipe.to_dict(), "data": dataset.fingerprint, "config": settings(model.config),
         "code": code_version(), "skipped": 0,
     }  # fmt: skip
     before = state.read_facts(newest) if newest else None
     if newest and before:
-        _refuse_other_run(before, facts, recipe, newest, say)
+        refuse_other_run(before, facts, recipe, newest, say)
     parameters = sum(p.numel() for p in model.parameters())
     cost = flops.flops_per_token(model, t.window)
     if t.compile:
@@ -156,37 +157,16 @@ def _train(recipe: Recipe, out: Path, ranks: Ranks, say: Log, resume: str) -> Pa
     meter = Meter(t.steps, done, cost, peak * ranks.world * ranks.tensor if peak else None)
     trackers = Trackers(out, recipe.watch, recipe.to_dict(), done, warn=say.plain) if ranks.main else None
     run = _Run(recipe, out, trainable, optimizers, data, held_out, dataset, checkpoints, trackers, meter, say, facts)
-    with Stop() as stop:
-        run.steps(done, stop)
+    try:
+        with Stop() as stop:
+            run.steps(done, stop)
+    finally:  # a run that is stopped has rows to give to trackers, too
+        if trackers:
+            trackers.close()
     checkpoints.close()
-    if trackers:
-        trackers.close()
     final = _export(recipe, out, trainable, dataset, say)
     ranks.barrier()
     return final
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """What of a model's configuration decides its numbers, as a checkpoint gives it back: JSON has no integer keys."""
-    left_out = ("transformers_version", "_name_or_path", "architectures", "dtype", "use_cache")
-    settings = {key: value for key, value in config.to_dict().items() if key not in left_out}
-    return dict(json.loads(json.dumps(settings)))
-
-
-def _refuse_other_run(before: dict[str, Any], facts: dict[str, Any], recipe: Recipe, path: Path, say: Log) -> None:
-    """Raises ValueError where a checkpoint is of another recipe, text, tokenizer or configuration."""
-    refuse_other_recipe(before["recipe"], recipe, path)
-    if before["data"] != facts["data"]:
-        raise ValueError(
-            f"{path} was trained on other text, or with another tokenizer, than {recipe.data.path or 'the corpus'} now "
-            "holds (their fingerprints differ): restore that, or choose another --out"
-        )
-    if names := [
-        k for k in {**before["config"], **facts["config"]} if before["config"].get(k) != facts["config"].get(k)
-    ]:
-        raise ValueError(f"{path} is of another model: {', '.join(sorted(names))} differ; choose another --out")
-    if before["code"] != facts["code"]:
-        say(f"The checkpoint was written by version {before['code']} of the code, this is {facts['code']}")
 
 
 def _place(ranks: Ranks, trainable: Trainable) -> str:
@@ -306,8 +286,8 @@ class _Run(NamedTuple):
         spikes, skipped_in_a_row, score = SpikeDetector(), 0, None
         self.trainable.model.train()
         self.meter.resume()
-        with bar(self.say.console) as progress:
-            task = progress.add_task("Step", total=t.steps, completed=done, info="", visible=ranks.main)
+        with bar(self.say.console, ranks.main) as progress:
+            task = progress.add_task("Step", total=t.steps, completed=done, info="")
             for number in range(done + 1, t.steps + 1):
                 factor = rate(o.schedule, number - 1, t.steps, o.warmup, o.decay_share, o.final_lr)
                 self.optimizers.set_lr(factor)
@@ -337,7 +317,7 @@ class _Run(NamedTuple):
                     )
                 if stopping and not last:
                     self.checkpoints.close()
-                    raise Stopped(stop.number or 15, number, self.out / "checkpoints")
+                    raise Stopped(stop.number or 15, number, state.newest(self.out / "checkpoints"))
                 self.meter.resume()
 
     def _speed(self) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from modeling.layers.objective import Batch, Objective
 from training.acceleration import autocast
 
+T = TypeVar("T")
 STRATEGIES = ("auto", "ddp", "fsdp")
 # Bytes a parameter costs a rank of DDP: weight, gradient and AdamW's two averages, float32 (buckets are the gradients).
 REPLICA_BYTES = 16
@@ -72,6 +73,25 @@ class Ranks:
         """Waits until all ranks are here."""
         if self.mesh is not None:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Has the main rank do something, and then the others. What it refuses, all of them do.
+
+        Raises:
+            ValueError, OSError: what ``work`` raised; on the others a ValueError that says the same.
+        """
+        failure: Exception | None = None
+        if self.main:
+            try:
+                made = work()
+            except (ValueError, OSError) as error:
+                failure = error
+        said = [None if failure is None else str(failure)]
+        if self.mesh is not None:
+            dist.broadcast_object_list(said)
+        if said[0] is not None:
+            raise failure or ValueError(said[0])
+        return made if self.main else work()
 
 
 def start(tensor: int = 1) -> Ranks:

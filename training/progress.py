@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 
-def bar(console: Console) -> Progress:
+def bar(console: Console, shown: bool = True) -> Progress:
     """A bar whose tasks have a field ``info``."""
     return Progress(
         TextColumn("{task.description}"),
@@ -14,4 +14,5 @@ def bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[info]}"),
         console=console,
+        disable=not shown,
     )

@@ -163,7 +163,7 @@ class Recipe(Section):
         return self.model_dump()
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _sections() -> dict[str, type[Section]]:
@@ -193,7 +193,10 @@ def load(name: str, overrides: list[str] | None = None) -> Recipe:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise ValueError(f"no recipe {name!r}: give the path of a .yaml file, or one of {known}")
-    values = parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        values = parse(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping of sections, such as `train:` with `steps: 100` below it")
     values = {"name": path.stem} | {key: ({} if value is None else value) for key, value in values.items()}
@@ -270,9 +273,8 @@ def _qualified(key: str) -> str:
 
 def _value(text: str, sections: list[str], name: str) -> Any:
     """A YAML value; the text itself where the field is a string, or where it is no YAML."""
-    field = (
-        _sections()[sections[0]].model_fields.get(name) if len(sections) == 1 and sections[0] in _sections() else None
-    )
+    cls = Recipe if not sections else _sections().get(sections[0]) if len(sections) == 1 else None
+    field = cls.model_fields.get(name) if cls else None
     try:
         value = parse(text, "--set")
     except ValueError:
@@ -295,9 +297,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that the loader would take for one of these numbers."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
 
 
 def parse(text: str, where: str) -> Any:

@@ -23,10 +23,18 @@ from training.recipe import Recipe
 
 
 class Stopped(Exception):
-    """A run was asked to end by a signal, and its state is saved."""
+    """A run was asked to end by a signal.
 
-    def __init__(self, number: int, step: int, path: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, which is saved in {path}")
+    Args:
+        number: the signal.
+        step: the last one that was done.
+        saved: the newest checkpoint, which is of that step unless it could not be written.
+    """
+
+    def __init__(self, number: int, step: int, saved: Path | None) -> None:
+        of_it = saved is not None and int(saved.name[5:]) == step
+        kept = f"is saved in {saved}" if of_it else f"could not be saved (the newest checkpoint: {saved or 'none'})"
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, which {kept}")
         self.exit_code = 128 + number
 
 
@@ -64,7 +72,7 @@ class Log:
         """``text`` may have rich's markup."""
         if self._path is None:
             return
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
         try:
             with self._path.open("a") as f:
                 f.write(
@@ -99,6 +107,12 @@ def begin(recipe: Recipe, out: Path, resume: str) -> Path | None:
         newest = Path(resume)
         if not (newest / "state.json").is_file():
             raise ValueError(f"--resume: {newest} is not a checkpoint (it has no state.json)")
+        own = state.newest(out / "checkpoints")
+        if own is not None and int(own.name[5:]) > state.read_facts(newest)["step"]:
+            # What is written now would be older than it, and the first to be removed.
+            raise ValueError(
+                f"--resume: {out} holds {own.name}, which is newer than {newest.name}: choose another --out"
+            )
     _replace(path, recipe.to_yaml())
     _replace(out / "environment.json", json.dumps(describe(), indent=1) + "\n")
     return newest
@@ -122,3 +136,25 @@ def refuse_other_recipe(before: dict[str, Any], recipe: Recipe, where: Path) -> 
         raise ValueError(
             f"{where} holds a run with another recipe ({said}): choose another --out, or delete it to start over"
         )
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """What of a model's configuration decides its numbers, as a checkpoint gives it back: JSON has no integer keys."""
+    left_out = ("transformers_version", "_name_or_path", "architectures", "dtype", "use_cache")
+    return dict(json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k not in left_out})))
+
+
+def refuse_other_run(before: dict[str, Any], facts: dict[str, Any], recipe: Recipe, path: Path, say: Log) -> None:
+    """Raises ValueError where a checkpoint is of another recipe, text, tokenizer or configuration."""
+    refuse_other_recipe(before["recipe"], recipe, path)
+    if before["data"] != facts["data"]:
+        raise ValueError(
+            f"{path} was trained on other text, or with another tokenizer, than {recipe.data.path or 'the corpus'} now "
+            "holds (their fingerprints differ): restore that, or choose another --out"
+        )
+    if names := [
+        k for k in {**before["config"], **facts["config"]} if before["config"].get(k) != facts["config"].get(k)
+    ]:
+        raise ValueError(f"{path} is of another model: {', '.join(sorted(names))} differ; choose another --out")
+    if before["code"] != facts["code"]:
+        say(f"The checkpoint was written by version {before['code']} of the code, this is {facts['code']}")

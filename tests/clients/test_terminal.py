@@ -289,6 +289,37 @@ def test_a_wrong_setting_of_a_recipe_is_one_line_and_exit_code_2(
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["dmeo"], "'dmeo'"),
+        (["--set", "stepz=1"], "stepz"),
+        (["--set", "steps"], "key=value"),
+        (["--data", "/nowhere"], "data.path: /nowhere"),
+        (["--resume", "/nowhere/step-00000001"], "--resume: /nowhere/step-00000001"),
+    ],
+)
+def test_what_training_cannot_start_from_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    assert medassist("train", "--out", str(tmp_path / "run"), *arguments) == 2
+    printed = capsys.readouterr().err
+    assert named in printed
+    assert printed.count("\n") == 1
+
+
+def test_the_help_of_training_lists_every_field_and_loads_no_torch() -> None:
+    code = (
+        "import sys; from clients.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit as e: assert not e.code\n"
+        "print('LOADED', {'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("LOADED set()\n"), done.stderr
+    assert all(field in done.stdout for field in ("train.steps", "optimizer.lr", "watch.prompts", "generation.top_p"))
+
+
 def test_training_without_its_extra_says_which_to_install(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.modules['torch'] = None; from clients.cli import main; main(['train', '--out', '{tmp_path}'])"

@@ -7,7 +7,7 @@ round to float32). In float32 rounding alone can send a token to another expert.
 import copy
 import warnings
 from collections import Counter
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from training.acceleration import (
     out_of_memory,
     resolve_precision,
 )
-from training.data import Batch, PackedDocuments
+from training.data import Batch, Windows
 from training.shards import Shard, write_shard
 
 WINDOW = 24
@@ -63,7 +63,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Shard]:
 
 def cut(shards: list[Shard], batch_size: int) -> list[Batch]:
     """The first 8 windows, in batches of so many."""
-    return list(islice(PackedDocuments(shards, WINDOW, batch_size, 0, (1, 2)).batches(), 8 // batch_size))
+    return Windows(shards, WINDOW, 0, answer_span=(1, 2)).micro_batches(0, 8, batch_size)
 
 
 def step(model: Any, batches: list[Batch]) -> Result:
@@ -236,13 +236,16 @@ def test_evaluation_is_not_changed_by_recomputation(shards: list[Shard], name: s
 
 def test_precision_is_resolved_by_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for able in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert resolve_precision("auto", cpu) == dtype
+        assert resolve_precision("auto", cpu) == torch.float32  # the same numbers on any CPU
         assert resolve_precision("float32", cpu) == torch.float32
-    with pytest.warns(UserWarning, match="several times slower"):
-        assert resolve_precision("bfloat16", cpu) == torch.bfloat16
+        with warnings.catch_warnings() if able else pytest.warns(UserWarning, match="several times slower"):
+            warnings.simplefilter("error" if able else "always")
+            assert resolve_precision("bfloat16", cpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert resolve_precision("auto", gpu) == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
     assert resolve_precision("auto", gpu) == torch.float32
