@@ -72,6 +72,25 @@ def prepare(
     except KeyboardInterrupt:
         fail(f"interrupted; the same command continues where {out} is", 130)
     _describe(out, manifest)
+    for warning in _empty_splits(manifest):
+        typer.secho(f"warning: {warning}", err=True, fg="yellow")
+
+
+def _empty_splits(manifest: dict[str, Any]) -> list[str]:
+    """What follows from each split that was asked for and got no document."""
+    asked, kept = manifest["options"], manifest["documents"]["kept"]
+    follows = {
+        "train": "there is nothing to train on: give lower --validation and --test",
+        "validation": "training will not be able to report held-out loss: give a higher --validation",
+        "test": "nothing is set aside to measure the finished model on: give a higher --test",
+    }
+    shares = {"train": 1 - asked["validation"] - asked["test"]} | {n: asked[n] for n in ("validation", "test")}
+    return [
+        f"none of the {kept:,} documents fell to {name}, which was to get {shares[name]:.3g} of them, so {sentence} "
+        "(with another --out), or more documents"
+        for name, sentence in follows.items()
+        if shares[name] > 0 and not manifest["splits"][name]["documents"]
+    ]
 
 
 def _with_bar(sources: list[str], out: Path, options: Any, workers: int | None) -> dict[str, Any]:

@@ -169,8 +169,8 @@ def _ordinary_tokenizer(encoding: "tiktoken.Encoding", specials: Mapping[int, st
             f"the encoding {encoding.name} has no token for the byte {missing[0]:#04x} ({len(missing)} are missing), "
             "without which it cannot encode every text; give it all 256 single bytes"
         )
-    alphabet = _byte_alphabet()
-    merges, unreachable = _merges(ranks)
+    alphabet = byte_alphabet()
+    merges, unreachable = merges_of(ranks)
     vocabulary = {_spell(token, alphabet): rank for token, rank in ranks.items()}
     for token, name in specials.items():
         if name in vocabulary:
@@ -207,7 +207,7 @@ def _ordinary_tokenizer(encoding: "tiktoken.Encoding", specials: Mapping[int, st
     return tokenizer
 
 
-def _byte_alphabet() -> str:
+def byte_alphabet() -> str:
     """Gives the letters by which ``ByteLevel`` writes the bytes 0 to 255: printable ones as they are, others moved."""
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -233,7 +233,7 @@ def _pieces(token: bytes, ranks: Mapping[bytes, int], at_least: int) -> list[byt
     return pieces
 
 
-def _merges(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], bool]:
+def merges_of(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], bool]:
     """Gives the merges in the order of ranks, and whether there are tokens that no merge makes.
 
     tiktoken merges the leftmost of the pairs whose joined bytes rank lowest. A token may split into two others in

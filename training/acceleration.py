@@ -18,7 +18,7 @@ LEAST_CAPABILITY = 8  # of CUDA devices whose matrix units take bfloat16
 
 
 def compile_layers(model: Any) -> None:
-    """Compiles each layer for the shapes that it meets; layers alike share the result.
+    """Compiles each layer for the shapes that training has; layers alike share the result. Evaluation stays as it is.
 
     Embedding, mask, final norm and losses stay as they are, and so do modules whose shapes depend on the data
     (``data_dependent``: experts, which would be compiled anew in every step): a layer that has one is compiled around
@@ -32,8 +32,17 @@ def compile_layers(model: Any) -> None:
                 module.forward = MethodType(torch.compiler.disable(type(module).forward), module)
         kind = type(layer)
         if kind not in compiled:
-            compiled[kind] = torch.compile(kind.forward, dynamic=False)
+            compiled[kind] = _in_training(torch.compile(kind.forward, dynamic=False), kind.forward)
         layer.forward = MethodType(compiled[kind], layer)
+
+
+def _in_training(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Samples grow by a token at a time, and each length would be compiled anew: only training is compiled."""
+
+    def forward(layer: Any, *inputs: Any) -> Any:
+        return (compiled if layer.training else plain)(layer, *inputs)
+
+    return forward
 
 
 def checkpoint_activations(model: Any) -> None:

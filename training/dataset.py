@@ -3,6 +3,8 @@
 Both are a tokenizer and folders of shards. The run keeps the tokenizer; a prepared directory stays where it is.
 """
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,6 +72,14 @@ class Dataset:
         except NoText:
             return train, None
 
+    def sources(self, recipe: Recipe) -> list[str]:
+        """Names of what the text was made of, without their folders."""
+        if not recipe.data.path:
+            return [Path(recipe.corpus.facts).parent.name]
+        manifest = self.train.parent / "manifest.json"  # not where shards were made by other programs
+        made = json.loads(manifest.read_text()) if manifest.is_file() else {}
+        return [Path(str(source["name"])).name for source in made.get("sources", ())]
+
     def manifests(self) -> dict[str, dict[str, Any]]:
         """Split -> its manifest."""
         return {
@@ -108,12 +118,58 @@ def open_dataset(recipe: Recipe, out: Path, console: Console, main: bool = True)
     return Dataset(AutoTokenizer.from_pretrained(tokenizer_dir), tokenizer_dir, train, held_out, marks)
 
 
+def _rendered_from(recipe: Recipe) -> dict[str, Any]:
+    """What a rendered corpus and its tokenizer depend on."""
+    facts = resolve(recipe.corpus.facts)
+    files = {"corpus.facts": facts, "corpus.evaluation": resolve(recipe.corpus.evaluation),
+             "phrasing.toml": facts.with_name("phrasing.toml")}  # fmt: skip
+    config = registry.get(recipe.model.architecture).presets()[recipe.model.preset](**recipe.model.changes)
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()} | {
+        "corpus.renders": recipe.corpus.renders,
+        "train.seed": recipe.train.seed,
+        "tokenizer.vocab_size": recipe.tokenizer.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+    }
+
+
+def _source(out: Path) -> dict[str, Any]:
+    path = out / "data/source.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def is_rendered(recipe: Recipe, out: Path) -> bool:
+    """Whether ``out`` has the recipe's corpus, rendered from what the files now hold."""
+    finished = (out / "data/held_out/manifest.json").is_file()
+    return not recipe.data.path and finished and _source(out) == _rendered_from(recipe)
+
+
+def _forget_another(recipe: Recipe, out: Path) -> None:
+    """Makes room for the recipe's corpus where ``out`` has another one.
+
+    Raises:
+        ValueError: a run has been trained on that one.
+    """
+    was, now = _source(out), _rendered_from(recipe)
+    if was and was != now:
+        names = ", ".join(name for name in now if was.get(name) != now[name])
+        if any((out / "checkpoints").glob("step-*")):
+            raise ValueError(
+                f"{out} was trained on another corpus ({names} changed since): restore it, or choose another --out"
+            )
+        shutil.rmtree(out / "tokenizer", ignore_errors=True)
+    if was != now:
+        shutil.rmtree(out / "data", ignore_errors=True)
+        (out / "data").mkdir(parents=True)
+        shards.write_json(out / "data/source.json", now)
+
+
 def _render(recipe: Recipe, out: Path, console: Console) -> None:
     """Trains the tokenizer and tokenises the rendered corpus, unless ``out`` has both."""
     for path in (recipe.corpus.facts, recipe.corpus.evaluation):
         if not resolve(path).is_file():
             raise ValueError(f"corpus: there is no file {resolve(path)}")
     facts = read_facts(resolve(recipe.corpus.facts))
+    _forget_another(recipe, out)
     renderer = Renderer(facts, Phrasing(resolve(recipe.corpus.facts).with_name("phrasing.toml")))
     if not (out / "tokenizer/tokenizer.json").exists():
         console.print(

@@ -7,9 +7,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from modeling.layers.cross_entropy import default_chunk
 from modeling.layers.objective import IGNORED
 from training import acceleration, flops
-from training.dataset import open_dataset
+from training.dataset import is_rendered, open_dataset
 from training.loop import build
 from training.recipe import Recipe
 
@@ -30,17 +31,18 @@ def show(recipe: Recipe, out: Path | None = None, console: Console | None = None
     precision = acceleration.resolve_precision(recipe.train.precision, device)
     console.print(recipe.to_yaml(), markup=False, highlight=False)
     with tempfile.TemporaryDirectory() as scratch:
-        rendered = out is not None and (out / "data/held_out/manifest.json").exists()
+        rendered = out is not None and is_rendered(recipe, out)
         dataset = open_dataset(recipe, out if out and rendered else Path(scratch), console, main=not rendered)
         data, held_out = dataset.windows(recipe)
         model = build(recipe, len(dataset.tokenizer), dataset.tokenizer.eos_token_id)
         t = recipe.train
         cost = flops.flops_per_token(model, t.window)
         tokens = recipe.windows_a_step * t.window * t.steps
+        chunk = t.loss_chunk or default_chunk(model.config.vocab_size, device.type)
         memory = flops.memory_estimate(
             model, optimizer=recipe.optimizer.name, windows=t.batch_size, window=t.window,
             precision="bfloat16" if precision == torch.bfloat16 else "float32",
-            activation_checkpointing=t.activation_checkpointing, loss_chunk=t.loss_chunk,
+            activation_checkpointing=t.activation_checkpointing, loss_chunk=chunk,
         )  # fmt: skip
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for label, text in (

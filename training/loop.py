@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from modeling import checkpoint, registry
 from training import acceleration, card, curves, flops, parallel, state
@@ -31,7 +32,7 @@ from training.parallel import Ranks, Trainable
 from training.progress import bar
 from training.publish import Upload
 from training.recipe import Recipe
-from training.run import Log, Stop, Stopped, begin, refuse_other_run, settings
+from training.run import Log, Stop, Stopped, begin, refuse_other_run, settings, write_down
 from training.samples import sample
 from training.trackers import JsonLines, Trackers
 
@@ -49,8 +50,9 @@ def train(recipe: Recipe, out: Path, console: Console | None = None, resume: str
     torch.set_num_threads(recipe.train.threads or len(os.sched_getaffinity(0)))
     ranks = parallel.start(recipe.parallel.tensor)
     say = Log(out, console or Console(), ranks.main)
+    logging.disable_progress_bar()  # transformers' own bars, between ours
     try:
-        return _train(recipe, out, ranks, say, resume)
+        final = _train(recipe, out, ranks, say, resume)
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         advice = acceleration.out_of_memory(error, recipe.train.batch_size, recipe.train.accumulation)
         if advice is None:
@@ -58,6 +60,9 @@ def train(recipe: Recipe, out: Path, console: Console | None = None, resume: str
         raise ValueError(advice) from error
     finally:
         parallel.stop()
+    if ranks.main and recipe.upload.repo:  # no other rank waits for it
+        say.plain(Upload(final, recipe.upload.repo, recipe.upload.private, say=say.plain).finish().text)
+    return final
 
 
 def build(recipe: Recipe, vocab_size: int, eos_token_id: int | None) -> Any:
@@ -123,11 +128,13 @@ def _train(recipe: Recipe, out: Path, ranks: Ranks, say: Log, resume: str) -> Pa
     model = build(recipe, len(dataset.tokenizer), dataset.tokenizer.eos_token_id)
     facts = {
         "recipe": recipe.to_dict(), "data": dataset.fingerprint, "config": settings(model.config),
-        "code": code_version(), "skipped": 0,
+        "code": code_version(), "skipped": 0, "best": None,
     }  # fmt: skip
     before = state.read_facts(newest) if newest else None
     if newest and before:
-        refuse_other_run(before, facts, recipe, newest, say)
+        refuse_other_run(before, facts, recipe, newest, out, say)
+    if ranks.main:
+        write_down(recipe, out, ranks.world * ranks.tensor)
     parameters = sum(p.numel() for p in model.parameters())
     cost = flops.flops_per_token(model, t.window)
     if t.compile:
@@ -145,7 +152,7 @@ def _train(recipe: Recipe, out: Path, ranks: Ranks, say: Log, resume: str) -> Pa
     )  # fmt: skip
     if newest and before:
         state.load(newest, model, optimizers.all, say.plain)
-        done, facts["skipped"] = before["step"], before["skipped"]
+        done, facts["skipped"], facts["best"] = before["step"], before["skipped"], before["best"]
         say(f"[bold]Continuing[/] {out} from step {done}")
     say(
         f"[bold]Training[/] {type(model).__name__}, {parameters:,} parameters, {t.steps} steps of "
@@ -160,10 +167,10 @@ def _train(recipe: Recipe, out: Path, ranks: Ranks, say: Log, resume: str) -> Pa
     try:
         with Stop() as stop:
             run.steps(done, stop)
-    finally:  # a run that is stopped has rows to give to trackers, too
+    finally:  # a run that is stopped has things to write, too
+        checkpoints.close()
         if trackers:
             trackers.close()
-    checkpoints.close()
     final = _export(recipe, out, trainable, dataset, say)
     ranks.barrier()
     return final
@@ -281,9 +288,11 @@ class _Run(NamedTuple):
     def steps(self, done: int, stop: Stop) -> None:
         """The steps from ``done`` to the recipe's last."""
         t, o, ranks = self.recipe.train, self.recipe.optimizer, self.trainable.ranks
-        sizes = token_bytes(self.dataset.tokenizer) if self.held_out else None
+        sizes = self._sizes()
+        if self.held_out is None:
+            self.say("There is no held-out text (or too little for a window): no held-out loss will be reported")
         samples = JsonLines(self.out / "samples.jsonl", done, self.say.plain) if ranks.main else None
-        spikes, skipped_in_a_row, score = SpikeDetector(), 0, None
+        spikes, skipped_in_a_row = SpikeDetector(), 0
         self.trainable.model.train()
         self.meter.resume()
         with bar(self.say.console, ranks.main) as progress:
@@ -305,20 +314,30 @@ class _Run(NamedTuple):
                 if number % t.log_every == 0 or last:
                     self._log(number, step, o.lr * factor)
                 self.meter.pause()
-                evaluated = self.held_out is not None and (number % t.eval_every == 0 or last)
-                if self.held_out is not None and evaluated:
-                    measured = evaluate(self.trainable, self.held_out, t.batch_size, sizes, t.eval_windows)
-                    score = measured["loss"]
+                score, best = None, False
+                if number % t.eval_every == 0 or last:
+                    measured: dict[str, float] = {}
+                    if self.held_out is not None:
+                        measured = evaluate(self.trainable, self.held_out, t.batch_size, sizes, t.eval_windows)
+                    score = measured.get("loss")
+                    best = score is not None and (self.facts["best"] is None or score < self.facts["best"])
+                    self.facts["best"] = score if best else self.facts["best"]
                     self._report(number, said, measured, samples)
-                stopping = bool(ranks.sum(torch.tensor([stop.number])).max()) if ranks.world > 1 else bool(stop.number)
-                if number % t.checkpoint_every == 0 or last or stopping:
-                    self.checkpoints.save(
-                        number, self.trainable.model, self.optimizers.all, self.facts, score if evaluated else None
-                    )
+                stopping = ranks.largest(stop.number)
+                if number % t.checkpoint_every == 0 or last or stopping or (best and t.keep_best):
+                    self.checkpoints.save(number, self.trainable.model, self.optimizers.all, self.facts, score)
                 if stopping and not last:
                     self.checkpoints.close()
-                    raise Stopped(stop.number or 15, number, state.newest(self.out / "checkpoints"))
+                    raise Stopped(stopping, number, state.newest(self.out / "checkpoints"))
                 self.meter.resume()
+
+    def _sizes(self) -> Tensor | None:
+        """Bytes of each token, where bits per byte can be told."""
+        try:
+            return token_bytes(self.dataset.tokenizer) if self.held_out else None
+        except ValueError as error:
+            self.say.plain(f"No bits per byte will be reported: {error}")
+            return None
 
     def _speed(self) -> str:
         mfu = f", MFU {self.meter.mfu:.1%}" if self.meter.mfu else ""
@@ -369,16 +388,18 @@ class _Run(NamedTuple):
                     texts = sample(model, self.dataset.tokenizer, watch.prompts, watch.sample_tokens)
         if self.trackers is None or samples is None:
             return
-        self.trackers.write(number, **{f"held_out_{name}": value for name, value in measured.items()})
+        if measured:
+            self.trackers.write(number, **{f"held_out_{name}": value for name, value in measured.items()})
         for prompt, text in zip(watch.prompts, texts, strict=False):
             samples.write(step=number, prompt=prompt, text=text)
         try:
             curves.draw(self.out / "metrics.jsonl", self.out)
         except OSError as error:
             self.say(f"[yellow]the curves could not be drawn: {error}[/]")
+        held_out = f"  held-out {measured['loss']:.3f}" if measured else ""
         bpb = f" ({measured['bits_per_byte']:.3f} bits a byte)" if "bits_per_byte" in measured else ""
         self.say(
-            f"step {number}/{t.steps}  {said}  held-out {measured['loss']:.3f}{bpb}  {self._speed()}  "
+            f"step {number}/{t.steps}  {said}{held_out}{bpb}  {self._speed()}  "
             f"{self.meter.seconds_left / 60:.1f} min left"
         )
 
@@ -407,7 +428,7 @@ class _whole:
 
 
 def _export(recipe: Recipe, out: Path, trainable: Trainable, dataset: Dataset, say: Log) -> Path:
-    """Writes ``out/final``, and uploads it where the recipe says so."""
+    """Writes ``out/final``: the model, its card, and what it was made with. Paths of this machine are left out."""
     final = out / "final"
     with _whole(trainable) as model:
         if model is None:
@@ -415,15 +436,21 @@ def _export(recipe: Recipe, out: Path, trainable: Trainable, dataset: Dataset, s
         model = model.to("cpu").eval()
         dataset.tokenizer.model_max_length = model.config.max_position_embeddings
         checkpoint.write(final, model, dataset.tokenizer, recipe.generation.model_dump())
-    for name in ("recipe.yaml", "metrics.jsonl", "curves.png"):
+    for name in ("metrics.jsonl", "curves.png"):
         if (out / name).exists():
             shutil.copy(out / name, final / name)
-    card.write_card(
-        final, recipe.to_dict(), describe(), out / "metrics.jsonl", dataset.manifests(), repo=recipe.upload.repo
+    public = recipe.model_copy(deep=True)
+    public.data.path = Path(recipe.data.path).name
+    public.corpus.facts, public.corpus.evaluation = (
+        text if not Path(text).is_absolute() else Path(text).name
+        for text in (recipe.corpus.facts, recipe.corpus.evaluation)
     )
+    (final / "recipe.yaml").write_text(public.to_yaml(), encoding="utf-8")
+    card.write_card(
+        final, public.to_dict(), describe(), out / "metrics.jsonl", dataset.manifests(), dataset.sources(public),
+        license=recipe.upload.license, repo=recipe.upload.repo,
+    )  # fmt: skip
     say(f"[bold green]Done[/] {final}  (serve it: medassist serve {final})")
-    if recipe.upload.repo:
-        say.plain(Upload(final, recipe.upload.repo, recipe.upload.private, say=say.plain).finish().text)
     return final
 
 

@@ -69,6 +69,14 @@ class Ranks:
         dist.all_reduce(total, group=self.mesh.get_group("data"))
         return total
 
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers, those of one tensor group included."""
+        if self.mesh is None:
+            return number
+        held = torch.tensor([number])
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        return int(held)
+
     def barrier(self) -> None:
         """Waits until all ranks are here."""
         if self.mesh is not None:
@@ -78,15 +86,15 @@ class Ranks:
         """Has the main rank do something, and then the others. What it refuses, all of them do.
 
         Raises:
-            ValueError, OSError: what ``work`` raised; on the others a ValueError that says the same.
+            Exception: what ``work`` raised; on the others a ValueError that says the same.
         """
         failure: Exception | None = None
         if self.main:
             try:
                 made = work()
-            except (ValueError, OSError) as error:
+            except Exception as error:
                 failure = error
-        said = [None if failure is None else str(failure)]
+        said = [None if failure is None else f"{failure}" or type(failure).__name__]
         if self.mesh is not None:
             dist.broadcast_object_list(said)
         if said[0] is not None:

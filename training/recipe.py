@@ -18,16 +18,22 @@ RECIPES = Path(__file__).parent / "recipes"
 CHANGEABLE = {
     "train.threads", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep", "train.keep_best",
     "train.keep_every", "train.async_checkpoints", "train.activation_checkpointing", "train.loss_chunk",
-    "parallel.strategy", "parallel.tensor", "data.path", "data.verify", "name",
+    "train.eval_windows", "train.max_skipped", "parallel.strategy", "parallel.tensor",
+    "data.path", "data.verify", "name",
 }  # fmt: skip
 CHANGEABLE_SECTIONS = {"watch", "upload", "generation"}
+# What a run that branches off another one's checkpoint may have of its own besides: it is another run from there on.
+BRANCHING = {"train.steps", "train.clip", "train.z_loss", "train.compile", "train.precision"} | {
+    f"optimizer.{name}"
+    for name in ("lr", "weight_decay", "beta1", "beta2", "schedule", "warmup", "decay_share", "final_lr")
+}
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -92,7 +98,7 @@ class Train(Section):
 
 class Optimizer(Section):
     name: Literal["muon", "adamw"] = Field("muon", description="Muon on the layers' matrices, or AdamW on everything")
-    lr: Annotated[float, Field(gt=0)] = Field(3e-3, description="peak learning rate")
+    lr: Annotated[float, Field(gt=0, le=10)] = Field(3e-3, description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled; not of norms and biases")
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW's")
     beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="AdamW's")
@@ -124,6 +130,7 @@ class Watch(Section):
 class Upload(Section):
     repo: str = Field("", description="Hub repository (OWNER/NAME) that final/ is uploaded to; empty: none")
     private: bool = Field(True, description="make the repository private when it is created")
+    license: str = Field("", description="of the weights, as the Hub spells it (apache-2.0); for the model card")
 
 
 class Generation(Section):
@@ -267,7 +274,9 @@ def _qualified(key: str) -> str:
     if len(having) > 1:
         raise ValueError(f"--set {key}: say which, {' or '.join(f'{section}.{key}' for section in having)}")
     if not having:
-        raise ValueError(f"unknown setting {key}; `medassist train --help` lists all")
+        raise ValueError(
+            f"unknown setting {key}; `medassist train --help` lists all (the model's own are model.changes.NAME)"
+        )
     return f"{having[0]}.{key}"
 
 

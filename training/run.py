@@ -93,12 +93,12 @@ def begin(recipe: Recipe, out: Path, resume: str) -> Path | None:
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "recipe.yaml"
-    if path.exists():
+    newest = state.newest(out / "checkpoints")
+    if path.exists() and (newest is not None or (out / "final").exists()):
         before = recipes.parse(path.read_text(encoding="utf-8"), str(path))
         if not isinstance(before, dict):
             raise ValueError(f"{path} is damaged: it is not a recipe; choose another --out")
         refuse_other_recipe(before, recipe, out)
-    newest = state.newest(out / "checkpoints")
     if resume == "never" and newest is not None:
         raise ValueError(
             f"{out} holds a run already (step {int(newest.name[5:])}): choose another --out, or --resume auto"
@@ -113,9 +113,13 @@ def begin(recipe: Recipe, out: Path, resume: str) -> Path | None:
             raise ValueError(
                 f"--resume: {out} holds {own.name}, which is newer than {newest.name}: choose another --out"
             )
-    _replace(path, recipe.to_yaml())
-    _replace(out / "environment.json", json.dumps(describe(), indent=1) + "\n")
     return newest
+
+
+def write_down(recipe: Recipe, out: Path, ranks: int) -> None:
+    """Writes what the run is and where it runs, once nothing speaks against it."""
+    _replace(out / "recipe.yaml", recipe.to_yaml())
+    _replace(out / "environment.json", json.dumps(describe() | {"ranks": ranks}, indent=1) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:
@@ -130,11 +134,11 @@ def _replace(path: Path, text: str) -> None:
 
 def refuse_other_recipe(before: dict[str, Any], recipe: Recipe, where: Path) -> None:
     """Raises ValueError where a run cannot be continued with this recipe, naming the fields."""
-    now = recipe.to_dict()
-    if names := recipes.changed(before, now):
-        said = ", ".join(names)
+    if names := recipes.changed(before, recipe.to_dict()):
         raise ValueError(
-            f"{where} holds a run with another recipe ({said}): choose another --out, or delete it to start over"
+            f"{where} holds a run with another recipe ({', '.join(names)}): choose another --out, or delete "
+            "it to start over. --resume CHECKPOINT with another --out branches off with another rate, schedule or "
+            "number of steps"
         )
 
 
@@ -144,9 +148,20 @@ def settings(config: Any) -> dict[str, Any]:
     return dict(json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k not in left_out})))
 
 
-def refuse_other_run(before: dict[str, Any], facts: dict[str, Any], recipe: Recipe, path: Path, say: Log) -> None:
-    """Raises ValueError where a checkpoint is of another recipe, text, tokenizer or configuration."""
-    refuse_other_recipe(before["recipe"], recipe, path)
+def refuse_other_run(
+    before: dict[str, Any], facts: dict[str, Any], recipe: Recipe, path: Path, out: Path, say: Log
+) -> None:
+    """Raises ValueError where a checkpoint is of another recipe, text, tokenizer or configuration.
+
+    A run in ``out`` that begins with a checkpoint of another directory branches off: its rate, schedule and number of
+    steps are its own.
+    """
+    names = recipes.changed(before["recipe"], recipe.to_dict())
+    own = path.resolve().parent == (out / "checkpoints").resolve()
+    if refused := [name for name in names if own or name not in recipes.BRANCHING]:
+        raise ValueError(f"{path} is of a run with another recipe ({', '.join(refused)}): use the one it was made with")
+    if names:
+        say(f"Branching off {path} with other settings: {', '.join(names)}")
     if before["data"] != facts["data"]:
         raise ValueError(
             f"{path} was trained on other text, or with another tokenizer, than {recipe.data.path or 'the corpus'} now "

@@ -240,9 +240,37 @@ def test_resume_from_a_named_checkpoint_of_another_folder(
     assert same_weights(out, straight)
     with pytest.raises(ValueError, match=r"--resume: .*step-00000009 is not a checkpoint"):
         run(recipe, out, str(interrupted / "checkpoints/step-00000009"))
-    other = changed(recipe, "optimizer.lr=1e-4")
-    with pytest.raises(ValueError, match=r"another recipe \(optimizer\.lr\)"):
+    other = changed(recipe, "train.window=96")
+    with pytest.raises(ValueError, match=r"another recipe \(train\.window\)"):
         run(other, tmp_path / "other", str(interrupted / "checkpoints/step-00000003"))
+
+
+def test_branch_has_a_rate_and_a_number_of_steps_of_its_own(recipe: Recipe, interrupted: Path, tmp_path: Path) -> None:
+    other = changed(recipe, "optimizer.lr=1e-4", "train.steps=8")
+    text = said(other, tmp_path / "branch", str(interrupted / "checkpoints/step-00000003"))
+    assert "Branching off" in text
+    assert "optimizer.lr, train.steps" in text
+    assert metrics(tmp_path / "branch")[-1]["step"] == 8
+
+
+def test_refused_recipe_leaves_the_folder_free_for_another(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.window"):
+        run(changed(recipe, "train.window=5000"), tmp_path / "out")
+    run(changed(recipe, "train.steps=1"), tmp_path / "out")
+
+
+def test_changed_corpus_is_not_trained_on_as_it_was(recipe: Recipe, tmp_path: Path) -> None:
+    facts = tmp_path / "things/facts.jsonl"
+    shutil.copytree(Path(recipe.corpus.facts).parent, facts.parent)
+    own = changed(recipe, "train.steps=1", f"corpus.facts={facts}", f"corpus.evaluation={facts.parent}/evaluation.jsonl")
+    run(own, tmp_path / "out")
+    before = (tmp_path / "out/data/train/manifest.json").read_text()
+    facts.write_text(facts.read_text().replace("yellow", "violet"))
+    with pytest.raises(ValueError, match=r"corpus\.facts changed"):
+        run(own, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/checkpoints")
+    run(own, tmp_path / "out")
+    assert (tmp_path / "out/data/train/manifest.json").read_text() != before
 
 
 def test_resume_from_before_the_newest_checkpoint_is_refused(recipe: Recipe, straight: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ one. After each document comes the tokenizer's end-of-sequence token, which no t
 
 tiktoken encodes several times as fast as ``tokenizers``, and gives the same ids where both run the same merges. Whether
 they do is not assumed: a trained byte-level BPE is handed to tiktoken only if its merges are exactly those that its
-vocabulary implies (:func:`modeling.tiktoken_encodings._merges` has the argument), and if texts of many kinds come out
+vocabulary implies (:func:`modeling.tiktoken_encodings.merges_of` has the argument), and if texts of many kinds come out
 equal.
 
 Workers read what they need from a folder of its own and import neither torch nor transformers: that would take each of
@@ -162,7 +162,7 @@ def as_tiktoken(tokenizer: Any) -> Any | None:
     """
     import tiktoken
 
-    from modeling.tiktoken_encodings import _byte_alphabet, _merges
+    from modeling.tiktoken_encodings import byte_alphabet, merges_of
 
     state = json.loads(tokenizer.to_str())
     model = state["model"]
@@ -181,7 +181,7 @@ def as_tiktoken(tokenizer: Any) -> Any | None:
     )
     if not plain:
         return None
-    byte_of = {letter: byte for byte, letter in enumerate(_byte_alphabet())}
+    byte_of = {letter: byte for byte, letter in enumerate(byte_alphabet())}
     special = {token["content"]: token["id"] for token in state["added_tokens"]}
     ranks = {
         bytes(byte_of[letter] for letter in token): rank
@@ -190,8 +190,8 @@ def as_tiktoken(tokenizer: Any) -> Any | None:
     }
     if len(ranks) + sum(token in model["vocab"] for token in special) != len(model["vocab"]):
         return None
-    merges, unreachable = _merges(ranks)
-    alphabet = _byte_alphabet()
+    merges, unreachable = merges_of(ranks)
+    alphabet = byte_alphabet()
     spelled = [["".join(alphabet[byte] for byte in part) for part in pair] for pair in merges]
     if unreachable or spelled != [list(pair) for pair in model["merges"]]:
         return None

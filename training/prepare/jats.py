@@ -2,8 +2,9 @@
 
 What is kept: the title, abstracts, section titles, paragraphs, lists, quotations; each is a block, with a blank line
 between blocks. What goes: reference lists, figures, tables, displayed formulas, supplements, authors and other
-metadata, footnotes, replies to the article, citation markers and the brackets they leave empty. Of a formula within a
-line the characters stay and the markup goes.
+metadata, footnotes, replies to the article, citation markers and the brackets they leave empty. Brackets that were
+written out stay, since "45 [32-58] years" looks like a citation and is none. References to figures, tables and sections
+stay as text. Of a formula within a line the characters stay and the markup goes, but for "^" before a numeric exponent.
 
 The parser loads no DTD, resolves no entity, opens no file and no connection, and has libxml2's limits on depth and
 size. What it refuses raises ``ValueError``; the caller counts it.
@@ -21,11 +22,15 @@ from lxml import etree
 _DROPPED = frozenset((
     "ref-list", "fig", "fig-group", "table-wrap", "table-wrap-group", "table", "graphic", "media",
     "supplementary-material", "disp-formula", "disp-formula-group", "inline-graphic", "inline-media",
-    "inline-supplementary-material", "tex-math", "annotation", "annotation-xml", "xref", "fn", "fn-group",
+    "inline-supplementary-material", "tex-math", "annotation", "annotation-xml", "fn", "fn-group",
     "table-wrap-foot", "sub-article", "response", "chem-struct-wrap", "code", "preformat", "object-id", "label",
     "sec-meta", "author-notes", "permissions", "kwd-group", "contrib-group", "private-char", "glyph-data",
     "index-term",
 ))  # fmt: skip
+# Types of <xref> that stand outside the sentence; the text of others ("Figure 2") is a part of it.
+_MARKERS = frozenset(("bibr", "fn", "table-fn", "aff", "corresp", "author-notes"))
+# An <xref> without a type to a reference: B1, CR12, ref3, bib0040, pone.0001-ref7.
+_REFERENCE = re.compile(r"(?:\S*[._-])?(?:b|br|cr|r|rf|ref|bib|bibr|cit)[._-]?\d", re.I)
 # Blocks of their own, as opposed to what runs on within a line.
 _BLOCKS = frozenset((
     "p", "title", "subtitle", "article-title", "list-item", "def-item", "term", "def", "disp-quote", "attrib",
@@ -45,19 +50,30 @@ _PARSER = etree.XMLParser(
     encoding="utf-8",
 )  # fmt: skip
 
-_BETWEEN = r"(?:[\s,;\u2013\u2014-]|\band\b|\bsee\b|\balso\b|\be\.g\.|\bcf\.|\breviewed in\b|\bRefs?\b\.?)*"
-_CLEANING: tuple[tuple[re.Pattern[str], str], ...] = (
-    # Written out, not marked up: [12], [3, 5-7], (Fig. 2A), (Tables 1 and 2).
-    (re.compile(r"\s?\[\d{1,3}(?:\s?[,;\u2013-]\s?\d{1,3})*\]"), ""),
-    (re.compile(r"\s?\((?:see\s+)?(?:Supplementary\s+)?(?:Fig|Figure|Table)s?\.?\s?\d[^()]{0,20}\)", re.I), ""),
-    # What markers leave behind.
-    (re.compile(rf"\s?\({_BETWEEN}\)"), ""),
-    (re.compile(rf"\s?\[{_BETWEEN}\]"), ""),
-    (re.compile(r"\(\s*[,;]\s*"), "("),
-    (re.compile(r"(?:\s*[,;])+\s*(?=[).])"), ""),
+# In the text of a block until it is cleaned; characters that no XML may hold.
+_DROP = "\0"  # something was dropped from the line here
+_RAISED, _LOWERED = "\x01", "\x02"  # around a superscript
+_JOINING = r"[\s,;\u2013\u2014-]|\band\b|\bsee\b|\balso\b|\be\.g\.|\bcf\.|\breviewed in\b|\b[Rr]efs?\b\.?"
+_EMPTIED = re.compile(rf"[(\[](?:{_JOINING})*\0(?:{_JOINING}|\0)*[)\]]")
+_SUPERSCRIPTS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"\x01[\s,;()\[\]\u2013\u2014-]*\0[\s,;()\[\]\u2013\u2014\0-]*\x02"), _DROP),
+    # 10^6, 10^-3, m^2; not the 131 of 131I, which leads, nor the 2+ of Ca2+.
+    (re.compile(r"(?<=[^\W_])\x01\s?([+\u2010-\u2013\u2212-]?\s?\d(?:[\d\s.,/\u2010-\u2013-]*\d)?)\s?\x02"), r"^\1"),
+    (re.compile(r"[\x01\x02]"), ""),
+)
+_DROPS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (_EMPTIED, _DROP),
+    (_EMPTIED, _DROP),  # ([3])
+    (re.compile(rf"\0(?:(?:{_JOINING})*\0)+"), _DROP),
+    (re.compile(r"\(\s?\0\s?[,;]\s?"), "("),
+    (re.compile(r"\s?[,;]\s?\0\s?(?=[).\]])"), ""),
+    (re.compile(r"([,;])\s?\0\s?[,;]"), r"\1"),
+    (re.compile(r"\s\0(?=[\s,.;:)\]]|$)"), ""),
+    (re.compile(r"\0"), ""),
+)
+_BLANKS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\(\s+"), "("),
     (re.compile(r"\s+(?=[,.;:)\]](?!\d))"), ""),  # but not in "P < .01"
-    (re.compile(r"([,;])(?:\s*[,;])+"), r"\1"),
 )
 
 
@@ -136,25 +152,50 @@ def _pieces(element: Any) -> Iterator[str | None]:
     block = element.tag in _BLOCKS
     if block:
         yield None
+    if element.tag == "sup":
+        yield _RAISED
     if element.text:
         yield element.text
+    # Of <msup> the last child is the exponent, and the blanks between its children are layout.
+    power = element[-1] if element.tag in ("msup", "msubsup") and len(element) else None
     for child in element:
         if isinstance(child.tag, str):
-            if child.tag not in _DROPPED:
+            if child is power:
+                yield _RAISED
+            if child.tag in _DROPPED or _is_marker(child):
+                # What stands around a figure or a formula does not run together.
+                yield " " if child.tag in ("disp-formula", "fig", "table-wrap") else _DROP
+            else:
                 yield from _pieces(child)
-            elif child.tag in ("disp-formula", "fig", "table-wrap"):
-                yield " "  # what stands around them does not run together
-        if child.tail:
+            if child is power:
+                yield _LOWERED
+        if child.tail and (power is None or child.tail.strip()):
             yield child.tail
+    if element.tag == "sup":
+        yield _LOWERED
     if block:
         yield None
 
 
+def _is_marker(element: Any) -> bool:
+    if element.tag != "xref":
+        return False
+    kind = element.get("ref-type")
+    return kind in _MARKERS if kind else _REFERENCE.match(element.get("rid", "")) is not None
+
+
 def clean(text: str) -> str:
-    """One block on one line, without what citation markers leave behind."""
+    """One block on one line, without the marks that :func:`_pieces` sets and what they leave behind."""
     text = " ".join(text.split())
-    if "(" in text or "[" in text or " ," in text or " ." in text or ",," in text:
-        for pattern, replacement in _CLEANING:
-            text = pattern.sub(replacement, text)
-    text = text.strip()
+    if _RAISED in text:
+        text = _replaced(text, _SUPERSCRIPTS)
+    if _DROP in text:
+        text = _replaced(text, _DROPS)
+    text = _replaced(text, _BLANKS).strip()
     return text if any(character.isalnum() for character in text) else ""
+
+
+def _replaced(text: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
+    return text

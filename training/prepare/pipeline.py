@@ -40,7 +40,7 @@ from training.prepare.statistics import length_statistics
 from training.prepare.work import SPLITS, Encoded, Settings, documents, encode_chunk, end_with_parent, start_worker
 from training.shards import tokenizer_hash, write_json
 
-VERSION = 1  # of what the same options and sources become
+VERSION = 2  # of what the same options and sources become
 COMMIT_SECONDS = 5.0
 SAMPLED = 256
 COUNTS = ("read", "kept", "too_short", "too_long", "malformed", "exact", "near")

@@ -17,8 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 import modeling  # noqa: F401  the tokenizer is then made in this process, which saves starting another
+from clients import data
 from modeling.tokenizers import train_bpe
 from tests.training.prepare.test_jats import ARTICLE, PUBMED
 from training.prepare import pipeline, sources
@@ -300,3 +302,23 @@ def test_killed_command_leaves_no_process_and_continues(tmp_path: Path, tokenize
     manifest = prepare([str(path)], out, options, 1)
     assert prepare([str(path)], tmp_path / "whole", options, 1) == manifest
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_share_that_came_out_empty_is_warned_of(tmp_path: Path, tokenizer: str) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [text(n) for n in range(4)])
+
+    def warnings(name: str, *shares: str) -> list[str]:
+        command = ["prepare", str(path), "--out", str(tmp_path / name), "--tokenizer", tokenizer, "--workers", "1"]
+        result = CliRunner().invoke(data.app, [*command, *shares])
+        assert result.exit_code == 0, result.output
+        return [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+
+    validation, test = warnings("both")
+    assert "none of the 4 documents fell to validation" in validation
+    assert "will not be able to report held-out loss" in validation
+    assert "--validation" in validation
+    assert "fell to test" in test
+    assert "--test" in test
+    assert warnings("unasked", "--validation", "0", "--test", "0") == []
+    (train,) = warnings("nothing left", "--validation", "0.999999", "--test", "0")
+    assert "nothing to train on" in train
