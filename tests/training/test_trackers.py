@@ -194,4 +194,4 @@ def test_wandb_writes_to_the_run_and_keeps_its_id(tmp_path: Path, variables: dic
     assert "failed" not in done.stdout
     run_id = (tmp_path / "wandb-id.txt").read_text().strip()
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
-    assert {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")} == {run_id}
+    assert {path.stem for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")} == {f"run-{run_id}"}
