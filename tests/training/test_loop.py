@@ -262,7 +262,9 @@ def test_refused_recipe_leaves_the_folder_free_for_another(recipe: Recipe, tmp_p
 def test_changed_corpus_is_not_trained_on_as_it_was(recipe: Recipe, tmp_path: Path) -> None:
     facts = tmp_path / "things/facts.jsonl"
     shutil.copytree(Path(recipe.corpus.facts).parent, facts.parent)
-    own = changed(recipe, "train.steps=1", f"corpus.facts={facts}", f"corpus.evaluation={facts.parent}/evaluation.jsonl")
+    own = changed(
+        recipe, "train.steps=1", f"corpus.facts={facts}", f"corpus.evaluation={facts.parent}/evaluation.jsonl"
+    )
     run(own, tmp_path / "out")
     before = (tmp_path / "out/data/train/manifest.json").read_text()
     facts.write_text(facts.read_text().replace("yellow", "violet"))
