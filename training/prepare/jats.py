@@ -162,6 +162,8 @@ def _pieces(element: Any) -> Iterator[str | None]:
         if isinstance(child.tag, str):
             if child is power:
                 yield _RAISED
+            if element.tag == "mfrac" and child is not element[0]:
+                yield "/"
             if child.tag in _DROPPED or _is_marker(child):
                 # What stands around a figure or a formula does not run together.
                 yield " " if child.tag in ("disp-formula", "fig", "table-wrap") else _DROP

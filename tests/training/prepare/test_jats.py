@@ -124,6 +124,7 @@ def test_citations_go_with_the_brackets_they_leave_empty(inner: str, left: str) 
         ("Ca<sup>2+</sup>, 5<sup>th</sup>, CO<sub>2</sub>, H<sub>2</sub>O", "Ca2+, 5th, CO2, H2O"),
         ("1.5 m<sup>2</sup><sup><c>4</c></sup> and 10<sup>6</sup> [<c>5</c>]", "1.5 m^2 and 10^6"),
         ("<mml:math><mml:msup><mml:mn>10</mml:mn> <mml:mn>6</mml:mn></mml:msup></mml:math> cells", "10^6 cells"),
+        ("<mml:math><mml:mfrac><mml:mn>1</mml:mn><mml:mn>2</mml:mn></mml:mfrac></mml:math> mg", "1/2 mg"),
     ],
 )
 def test_exponents_stay_exponents(inner: str, left: str) -> None:
