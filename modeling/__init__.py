@@ -3,8 +3,13 @@
 ``import modeling`` makes Hugging Face's ``AutoConfig`` and ``AutoModelForCausalLM`` know every architecture of
 :mod:`modeling.registry`. It loads neither vllm nor fastapi. Without torch and transformers (an installation with the
 clients and the gateway alone) it does nothing.
+
+That loads torch and all of transformers' auto classes, which takes seconds. A process that is after tokenizers alone
+sets ``MEDASSIST_AUTO_CLASSES=0`` before it imports anything from here (the one that makes a data set's tokenizer does),
+and calls :func:`register_with_transformers` where it turns out to need more.
 """
 
+import os
 from importlib.util import find_spec
 
 
@@ -19,5 +24,5 @@ def register_with_transformers() -> None:
         AutoModelForCausalLM.register(arch.config_class(), arch.model_class(), exist_ok=True)
 
 
-if find_spec("torch") and find_spec("transformers"):
+if os.environ.get("MEDASSIST_AUTO_CLASSES") != "0" and find_spec("torch") and find_spec("transformers"):
     register_with_transformers()

@@ -40,8 +40,6 @@ def make_tokenizer(name: str | None, vocab_size: int, sample: Iterable[str], out
     """
     if out.is_dir() and encoder.is_dir():
         return
-    from transformers import AutoTokenizer
-
     from modeling.tiktoken_encodings import from_encoding, load_encoding
     from modeling.tokenizers import END_OF_TEXT, train_bpe
 
@@ -50,6 +48,11 @@ def make_tokenizer(name: str | None, vocab_size: int, sample: Iterable[str], out
         tokenizer = train_bpe(sample, vocab_size, UNLIMITED)
         tokenizer.eos_token = END_OF_TEXT  # documents, not turns of a conversation
     elif Path(name).is_dir():
+        from transformers import AutoTokenizer
+
+        from modeling import register_with_transformers
+
+        register_with_transformers()  # the folder may be a checkpoint of ours
         tokenizer = AutoTokenizer.from_pretrained(name)
         if not tokenizer.is_fast:
             raise ValueError(f"--tokenizer {name}: it has no tokenizer.json, which reading shards needs")

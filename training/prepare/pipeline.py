@@ -130,8 +130,8 @@ def prepare(
             if "torch" in sys.modules:
                 _make_tokenizer(out, options, planned, units)
             else:
-                # This imports torch and transformers. In a process of its own they do not stay in memory for hours.
-                with _pool(1, end_with_parent, ()) as apart:
+                # This imports transformers. In a process of its own it does not stay in memory for hours.
+                with _pool(1, _start_tokenizer_maker, ()) as apart:
                     apart.submit(_make_tokenizer, out, options, planned, units).result()
         run = _Run(out, options, planned, units)
         try:
@@ -167,6 +167,12 @@ def _pool(workers: int, initializer: Callable[..., None], arguments: tuple[Any, 
     """Processes with a fresh interpreter each: none inherits threads, locks or memory."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=initializer, initargs=arguments)
+
+
+def _start_tokenizer_maker() -> None:
+    """Nothing of the architectures is needed there, nor is torch, which takes seconds to import."""
+    os.environ["MEDASSIST_AUTO_CLASSES"] = "0"
+    end_with_parent()
 
 
 def _make_tokenizer(out: Path, options: Options, planned: list[Source], units: list[Unit]) -> None:
