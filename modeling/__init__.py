@@ -5,8 +5,8 @@
 clients and the gateway alone) it does nothing.
 
 That loads torch and all of transformers' auto classes, which takes seconds. A process that is after tokenizers alone
-sets ``MEDASSIST_AUTO_CLASSES=0`` before it imports anything from here (the one that makes a data set's tokenizer does),
-and calls :func:`register_with_transformers` where it turns out to need more.
+sets ``MEDASSIST_AUTO_CLASSES=0`` before it imports anything from here, as the one that makes a data set's tokenizer
+does.
 """
 
 import os

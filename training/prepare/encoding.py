@@ -48,14 +48,11 @@ def make_tokenizer(name: str | None, vocab_size: int, sample: Iterable[str], out
         tokenizer = train_bpe(sample, vocab_size, UNLIMITED)
         tokenizer.eos_token = END_OF_TEXT  # documents, not turns of a conversation
     elif Path(name).is_dir():
-        from transformers import AutoTokenizer
-
-        from modeling import register_with_transformers
-
-        register_with_transformers()  # the folder may be a checkpoint of ours
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if not tokenizer.is_fast:
+        if not (Path(name) / "tokenizer.json").is_file():
             raise ValueError(f"--tokenizer {name}: it has no tokenizer.json, which reading shards needs")
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name)  # of any class: the file says all that it does
     else:
         quick = load_encoding(name)
         tokenizer = from_encoding(quick, UNLIMITED)
