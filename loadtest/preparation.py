@@ -4,7 +4,7 @@
 gives their texts to the bare tokenizers on one thread: ``tokenizers`` (``encode_batch``, and ``encode_batch_fast``,
 which leaves out offsets) and ``tiktoken``. Figures are tokens of all documents read, those dropped later included, per
 CPU-second: user and system time of all processes, medians over the rounds. Start-up is what a corpus of one document
-costs (Python, torch and transformers, which write the tokenizer's folder, and the workers); it does not grow with the
+costs (Python, transformers, which writes the tokenizer's folder, and the workers); it does not grow with the
 corpus, and figures are given with and without it. Without it there are none (-) where what is left is below
 ``RESOLUTION`` CPU-seconds: start-up varies by some tenths of a second, and the difference would be mostly that.
 
