@@ -429,7 +429,7 @@ class _whole:
 
 def _export(recipe: Recipe, out: Path, trainable: Trainable, dataset: Dataset, say: Log) -> Path:
     """Writes ``out/final``: the model, its card, and what it was made with. Paths of this machine are left out."""
-    final = out / "final"
+    final, ranks = out / "final", trainable.ranks
     with _whole(trainable) as model:
         if model is None:
             return final
@@ -447,7 +447,8 @@ def _export(recipe: Recipe, out: Path, trainable: Trainable, dataset: Dataset, s
     )
     (final / "recipe.yaml").write_text(public.to_yaml(), encoding="utf-8")
     card.write_card(
-        final, public.to_dict(), describe(), out / "metrics.jsonl", dataset.manifests(), dataset.sources(public),
+        final, public.to_dict(), describe() | {"ranks": ranks.world * ranks.tensor}, out / "metrics.jsonl",
+        dataset.manifests(), dataset.sources(public),
         license=recipe.upload.license, repo=recipe.upload.repo,
     )  # fmt: skip
     say(f"[bold green]Done[/] {final}  (serve it: medassist serve {final})")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from clients import cli
+from tests.disks import small_disk
 from tests.training.lines import write_recipe
-from tests.training.test_state import small_disk
 from training import state
 from training.run import Stopped
 

@@ -1,7 +1,6 @@
 """A real run is killed at random moments and continued until it is done: the weights are those of one that was not."""
 
 import hashlib
-import json
 import os
 import random
 import signal
@@ -12,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.training.things import write_corpus
 
 STEPS = 30
 RECIPE = f"""
@@ -37,33 +38,13 @@ train:
   checkpoint_every: 1
   keep_best: true
 """
-PHRASING = """
-[templates]
-colour = ["which colour has {t}", "{t} colour"]
-[follow_ups]
-colour = ["and its colour?"]
-[noise]
-openings = ["well, "]
-closings = [" please"]
-stop_words = ["the", "is"]
-[synonyms]
-sets = [["colour", "hue"], ["big", "large"]]
-"""
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    facts, held_out = [], []
-    for topic, colour in (("the sun", "yellow"), ("a leaf", "green"), ("a brick", "red"), ("the sea", "blue")):
-        facts.append({"id": topic, "area": "Things", "topic": topic, "aliases": [topic], "aspect": "colour",
-                      "questions": [f"What colour is {topic}?", f"Tell me the colour of {topic}."],
-                      "answer": f"It is {colour}."})  # fmt: skip
-        held_out.append({"id": topic, "question": f"{topic}, its colour?"})
-    for name, rows in (("facts", facts), ("evaluation", held_out)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "phrasing.toml").write_text(PHRASING)
-    (folder / "things.yaml").write_text(RECIPE.replace("CORPUS", str(folder)))
+    folder = tmp_path_factory.mktemp("kills")
+    write_corpus(folder / "things")
+    (folder / "things.yaml").write_text(RECIPE.replace("CORPUS", str(folder / "things")))
     return folder / "things.yaml"
 
 

@@ -1,6 +1,5 @@
 """Training checkpoints on disk, on one process. (On more: test_state_ranks.)"""
 
-import contextlib
 import hashlib
 import json
 import math
@@ -9,9 +8,7 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from modeling import registry
+from tests.disks import small_disk
 from training import state
 from training.data import Batch
 from training.optimizer import Optimizers
@@ -311,18 +309,6 @@ def test_nothing_in_a_checkpoint_is_executed(where: str, saved: Path, tmp_path: 
 
 
 # Writing that fails
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

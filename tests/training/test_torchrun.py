@@ -14,8 +14,6 @@ from safetensors.torch import load_file
 
 from tests.training.lines import STEPS, write_recipe
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="two ranks on one GPU")
-
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -27,7 +25,7 @@ def start(recipe: Path, out: Path, ranks: int, *sets: str) -> subprocess.Popen[s
     return subprocess.Popen(
         [sys.executable, *torchrun, "-m", "clients.cli", "train", str(recipe), "--out", str(out),
          *(f"--set={one}" for one in sets)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -85,10 +83,11 @@ def test_stopped_and_continued_on_another_number_of_ranks(
 ) -> None:
     """SIGTERM (torchrun hands it on) saves what the ranks have; the losses, before and after, are those of one."""
     out = tmp_path / "run"
-    child = start(recipe, out, before, f"parallel.strategy={strategy}")
+    # A checkpoint early on is the sign to send the signal: the run must not be over when it arrives.
+    child = start(recipe, out, before, f"parallel.strategy={strategy}", "train.checkpoint_every=2")
     try:
         deadline = time.monotonic() + 100
-        while child.poll() is None and not (out / "checkpoints/step-00000020").exists():
+        while child.poll() is None and not (out / "checkpoints/step-00000002").exists():
             assert time.monotonic() < deadline
             time.sleep(0.001)
         child.send_signal(signal.SIGTERM)
@@ -97,7 +96,7 @@ def test_stopped_and_continued_on_another_number_of_ranks(
         child.kill()
     newest = max(path.name for path in (out / "checkpoints").iterdir())
     step = int(newest.removeprefix("step-"))
-    assert 20 <= step < STEPS, said
+    assert 2 <= step < STEPS, said
     assert f"stopped by SIGTERM after step {step}" in said
     assert not (out / "final").exists()
 

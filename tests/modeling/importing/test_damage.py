@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from clients import cli
+from tests.disks import small_disk
 from tests.modeling.importing import damage, published
 from tests.modeling.importing.damage import Case
 from tests.modeling.importing.published import Sizes
@@ -122,19 +123,6 @@ def test_what_is_there_is_not_overwritten(
     assert run("import", source, "--out", out, "--tokenizer", "none") == 2
     assert_paragraph(capsys.readouterr().err, "out")
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        yield folder
-    finally:
-        # Lazily: the exception that the test caught may still refer to a model whose weights are mapped there.
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.mark.parametrize("pages", [1, 2, 3, 4, 5, 6])
