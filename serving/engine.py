@@ -1,20 +1,26 @@
 """One vLLM engine: a ``vllm serve`` process on a Unix socket, started, verified, watched and restarted.
 
     starting -> verifying -> ready -> (it dies) -> restarting -> starting ...
-                    |
+                    |          |
+                    |          +-> draining -> stopped
                     +-> refused: it does not compute what was trained; never served
 
-An engine has no TCP port. It dies with this process, whatever way this process dies (:mod:`serving.launch`).
+An engine has no TCP port. It dies with this process, whatever way this process dies (:mod:`serving.launch`). The
+gateway's workers know two paths of it: a symbolic link to its socket, which is there while the engine is verified and
+alive, and a file that tells its state.
 """
 
 import asyncio
 import contextlib
 import importlib.metadata
+import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +29,8 @@ from pathlib import Path
 import aiohttp
 
 from serving import fingerprint
+from serving.engine_environment import inherited
+from serving.engine_log import WITHHELD, EngineLog, Lines
 from serving.features import Features, has_tokenizer, read_config, weights_are_quantised
 from serving.launch import FORK
 from serving.plugin import DIE_WITH_PARENT
@@ -59,13 +67,27 @@ FAULT = re.compile(r"\b\w*(?:Error|Exception): .+|\bValue error, .*?(?= \[type=|
 ECHO = re.compile(r"Engine core initialization failed|validation errors? for \w+$")
 
 
+# Requests that vLLM works on or will, in its metrics.
+UNFINISHED = re.compile(rb"^vllm:num_requests_(?:running|waiting)\{[^}]*\} ([\d.e+]+)", re.MULTILINE)
+
+
 class StartFailed(RuntimeError):
     """The engine's process ended before it was ready; the message holds the end of its log."""
 
 
 @dataclass(frozen=True)
+class EngineTracing:
+    """Where an engine sends its spans: ``url`` takes OTLP over HTTP, and ``headers_env`` is the environment variable
+    with headers for it."""
+
+    url: str
+    headers_env: str | None = None
+
+
+@dataclass(frozen=True)
 class EngineOptions:
-    """How an engine is started. ``dtype`` is vLLM's name of a dtype; ``threads`` is per rank, on CPUs."""
+    """How an engine is started. ``dtype`` is vLLM's name of a dtype; ``threads`` is per rank, on CPUs; ``secrets`` are
+    environment variables that it does not get."""
 
     dtype: str
     eager: bool
@@ -73,6 +95,17 @@ class EngineOptions:
     kv_cache_gib: float
     max_model_len: int | None = None
     features: Features = field(default_factory=Features)
+    tracing: EngineTracing | None = None
+    secrets: frozenset[str] = field(default=frozenset(), compare=False)  # no reason to start an engine anew
+
+
+def file_name(model: str, replica: int) -> str:
+    """A name for files of one engine: short, since a Unix socket's path ends at about a hundred bytes, and without
+    what a model's name may hold and a file's may not."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", model)[:21]
+    if name != model:
+        name = f"{name[:12]}-{zlib.crc32(model.encode()):08x}"
+    return f"{name}-{replica}"
 
 
 def on_cpu() -> bool:
@@ -91,9 +124,17 @@ class Engine:
         model: the name it is served under.
         names: that, and those of its adapters.
         vocab_size: tokens that the model knows.
+        replica: which of the model's engines it is, from 0.
         has_tokenizer: false where it takes and gives token ids alone.
-        state: "starting", "verifying", "ready", "restarting", "refused" or "stopped".
-        session: HTTP client bound to the engine's socket.
+        state: "starting", "verifying", "ready", "restarting", "refused", "draining" or "stopped".
+        socket: where it listens.
+        public: leads to ``socket`` while the engine serves what was trained.
+        status_file: JSON object: ``state``, ``reason``, ``ready_at`` (Unix time, null where there is none) and
+            ``start_seconds``.
+        fingerprint: a copy of the one that it was compared with; there once it has been ready, unless its weights are
+            others than those that were trained. The checkpoint's own may be another by now.
+        session: HTTP client bound to the engine's socket, for the comparison with its fingerprint.
+        start_seconds: how long its start takes, as last measured.
     """
 
     def __init__(
@@ -102,37 +143,77 @@ class Engine:
         checkpoint: Path,
         options: EngineOptions,
         runtime_dir: Path,
-        report: Callable[[str, str], None] = lambda model, text: None,
+        report: Callable[[str], None] = lambda text: None,
         log_dir: Path | None = None,
+        *,
+        replica: int = 0,
+        serial: int = 0,
+        start_seconds: float = 30.0,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        """
+        Args:
+            report: told what a person should know, a line each.
+            serial: no other engine in ``runtime_dir`` has it.
+            start_seconds: what its start is expected to take, until one has been measured.
+            on_change: called after each change of ``state`` or of the process.
+        """
         self.model, self.checkpoint, self.options = model, checkpoint, options
         self.names = (model, *options.features.adapters)
         self.vocab_size = int(read_config(checkpoint)["vocab_size"])
         self.has_tokenizer = has_tokenizer(checkpoint)
-        self.socket = runtime_dir / f"{model}.sock"
+        self.replica = replica
+        name = f"{file_name(model, replica)}.{serial}"
+        self.public = runtime_dir / f"{name}.sock"
+        self.socket = runtime_dir / f"{name}.vllm"
+        self.status_file = runtime_dir / f"{name}.json"
+        self.fingerprint = runtime_dir / f"{name}.fingerprint"
         self.state = "starting"
         self.session: aiohttp.ClientSession
         self.restarts = 0
         self.reason = ""
-        self._report = lambda text: report(model, text)
-        self._log_path = log_dir / f"engine-{model}.log" if log_dir else None
+        self._report, self._on_change = report, on_change
+        self._log_path = log_dir / f"engine-{file_name(model, replica)}.log" if log_dir else None
         self._process: asyncio.subprocess.Process | None = None
+        self._log = EngineLog()
         self._log_end: deque[str] = deque(maxlen=400)
         self._reader: asyncio.Task[None] | None = None
         self._cache: dict[str, str] = {}
-        self._started_at = 0.0
-        self._start_seconds = 30.0  # until one start has been measured
+        self._stage = ""
+        self._started_at = time.monotonic()
+        self.start_seconds = start_seconds
+        self.write_status()
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
     @property
-    def retry_after(self) -> int:
-        """Whole seconds after which a request is worth another try."""
-        # Ready, and yet asked for: it has just died, and the whole start lies ahead.
-        left = self._start_seconds - (0 if self.state == "ready" else time.monotonic() - self._started_at)
-        return max(1, round(left) + 1)
+    def ready_at(self) -> float | None:
+        """Unix time at which a start that is under way should be over; None in other states."""
+        if self.state not in ("starting", "verifying", "restarting"):
+            return None
+        return time.time() + max(0.0, self._started_at + self.start_seconds - time.monotonic())
+
+    def become(self, state: str, reason: str = "") -> None:
+        """Changes the state, for the gateway's workers to see."""
+        self.state, self.reason = state, reason
+        if state == "ready":
+            self._log.sealed = True
+            link = self.public.with_suffix(".new")
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.socket.name)
+            link.replace(self.public)
+        elif state != "draining":  # which still answers: what is sent to it in this moment is not lost
+            self.public.unlink(missing_ok=True)
+        self.write_status()
+        self._on_change()
+
+    def write_status(self) -> None:
+        new = self.status_file.with_suffix(".json.new")
+        status = {"state": self.state, "reason": self.reason, "ready_at": self.ready_at}
+        new.write_text(json.dumps(status | {"start_seconds": self.start_seconds}))
+        new.replace(self.status_file)
 
     def url(self, path: str) -> str:
         return f"http://engine{path}"  # the host is not looked up: the session's connector knows only the socket
@@ -157,10 +238,12 @@ class Engine:
                 command += ["--stream-interval", "4"]
         if not self.has_tokenizer:
             command.append("--skip-tokenizer-init")
+        if o.tracing:
+            command += ["--otlp-traces-endpoint", o.tracing.url]
         return command + o.features.arguments(on_cpu())
 
     def environment(self) -> dict[str, str]:
-        env = os.environ | {
+        env = inherited(self.options.secrets) | {
             DIE_WITH_PARENT: str(os.getpid()),
             "HF_HUB_OFFLINE": "1",  # checkpoints are directories
             "VLLM_NO_USAGE_STATS": "1",
@@ -179,6 +262,14 @@ class Engine:
             }
             if self.options.threads == 1:
                 env[FORK] = "1"
+        if tracing := self.options.tracing:
+            env |= {
+                "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+                "OTEL_EXPORTER_OTLP_TRACES_HEADERS": os.environ.get(tracing.headers_env or "", ""),
+                "OTEL_SERVICE_NAME": "medassist-engine",
+                # The gateway decides what is traced: not canaries, nor what it has not sampled.
+                "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+            }
         return env
 
     async def start(self) -> None:
@@ -188,47 +279,58 @@ class Engine:
             fingerprint.Mismatch: it does not; it is stopped, and its state is "refused".
             StartFailed: it ended by itself.
         """
-        self.state, self._started_at = "starting", time.monotonic()
+        self._started_at = time.monotonic()
+        self.become("starting")
         try:
             self._report("checking weights")
             await asyncio.to_thread(fingerprint.verify_files, self.checkpoint)
             self._report("starting vLLM")
             await self._spawn()
             await self._wait_until_healthy()
-            self.state = "verifying"
+            self.become("verifying")
             self._report("comparing with its fingerprint")
             features = self.options.features
+            quantised = weights_are_quantised(self.checkpoint, features)
             found = await fingerprint.verify_engine(
                 self.checkpoint,
                 self.model,
                 self.options.dtype,
                 self.session,
                 self.url("/v1/completions"),
-                quantised=weights_are_quantised(self.checkpoint, features),
+                quantised=quantised,
                 longest=self.options.max_model_len,
             )
             active = [name for name, adapter in features.adapters.items() if adapter.changes]
             await fingerprint.verify_adapters(
                 self.checkpoint, self.model, active, self.session, self.url("/v1/completions")
             )
+            if not quantised:
+                await asyncio.to_thread(self._keep_fingerprint)
         except fingerprint.Mismatch as e:
-            self.state, self.reason = "refused", str(e)
+            self.become("refused", str(e))
             await self._kill()
             raise
         except BaseException:
             await self._kill()
             raise
-        self._start_seconds = time.monotonic() - self._started_at
-        self.state = "ready"
+        self.start_seconds = time.monotonic() - self._started_at
+        self.become("ready")
         if cache := self._cache_report():
             self._report(cache)
-        self._report(f"ready after {self._start_seconds:.1f} s ({found})")
+        self._report(f"ready after {self.start_seconds:.1f} s ({found})")
+
+    def _keep_fingerprint(self) -> None:
+        new = self.fingerprint.with_suffix(".new")
+        shutil.copyfile(self.checkpoint / "fingerprint.json", new)
+        new.replace(self.fingerprint)
 
     async def _spawn(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.socket.unlink()
         self._log_end.clear()
+        self._log = EngineLog()
         self._cache.clear()
+        self._stage = ""
         self._process = await asyncio.create_subprocess_exec(
             *self.command(),
             env=self.environment(),
@@ -236,7 +338,6 @@ class Engine:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for us, who let running requests finish first
-            limit=2**20,
         )
         self._reader = asyncio.create_task(self._read_log())
         connector = aiohttp.UnixConnector(path=str(self.socket), limit=0, keepalive_timeout=KEEP_ALIVE)
@@ -245,26 +346,39 @@ class Engine:
         )
 
     async def _read_log(self) -> None:
-        """Follows the engine's output: recognises stages, keeps its end for error messages, and the file if wanted."""
+        """Follows the engine's output: recognises stages, keeps its end for error messages, and the file if wanted.
+
+        Nothing stops it before the engine's end, since an engine waits when nobody reads what it writes.
+        """
         assert self._process is not None
         assert self._process.stdout is not None
-        log = self._log_path.open("a") if self._log_path else None
-        stage = ""
+        lines = Lines()
+        while data := await self._process.stdout.read(2**16):
+            self._keep([self._understand(line) for line in lines.feed(data)])
+        if rest := lines.rest():
+            self._keep([self._understand(rest)])
+
+    def _understand(self, raw: str) -> str | None:
+        """What is kept of a line, of which stages and sizes are noted."""
         try:
-            async for raw in self._process.stdout:
-                line = raw.decode(errors="replace").rstrip()
-                self._log_end.append(line)
-                if log:
-                    log.write(line + "\n")
-                    log.flush()
+            line = self._log.pass_on(raw)
+            if line is not None:
                 self._note_cache(line)
-                reached = next((name for marker, name in STAGES if marker in line), stage)
-                if reached != stage and self.state == "starting":
-                    stage = reached
-                    self._report(stage)
-        finally:
-            if log:
-                log.close()
+                reached = next((name for marker, name in STAGES if marker in line), self._stage)
+                if reached != self._stage and self.state == "starting":
+                    self._stage = reached
+                    self._report(reached)
+            return line
+        except Exception:  # whatever it says may quote the line
+            return WITHHELD
+
+    def _keep(self, lines: list[str | None]) -> None:
+        kept = [line for line in lines if line is not None]
+        self._log_end.extend(kept)
+        if self._log_path and kept:
+            # The disk may be full, and the folder gone.
+            with contextlib.suppress(OSError), self._log_path.open("a") as log:
+                log.write("".join(f"{line}\n" for line in kept))
 
     def _note_cache(self, line: str) -> None:
         if found := CACHE_TOKENS.search(line):
@@ -312,13 +426,15 @@ class Engine:
         while True:
             assert self._process is not None
             await self._process.wait()
-            if self.state == "stopped":
+            if self.state in ("draining", "stopped"):
                 return
-            if time.monotonic() - self._started_at - self._start_seconds > STABLE_AFTER:
+            if time.monotonic() - self._started_at - self.start_seconds > STABLE_AFTER:
                 backoff = FIRST_BACKOFF
             while True:
-                self.state, self._started_at = "restarting", time.monotonic() + backoff
-                self._report(f"ended (exit code {self._process.returncode}); starting again in {backoff:g} s")
+                self._started_at = time.monotonic() + backoff
+                ended = f"ended (exit code {self._process.returncode})"
+                self.become("restarting", ended)
+                self._report(f"{ended}; starting again in {backoff:g} s")
                 await self._kill()
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, LONGEST_BACKOFF)
@@ -332,9 +448,28 @@ class Engine:
                 except StartFailed as e:
                     self._report(str(e))
 
+    async def unfinished(self) -> int:
+        """Requests that it works on or has waiting, by its own metrics; 0 when it is dead."""
+        if self._process is None or self._process.returncode is not None:
+            return 0
+        try:
+            async with self.session.get(self.url("/metrics"), timeout=aiohttp.ClientTimeout(total=5)) as response:
+                return round(sum(map(float, UNFINISHED.findall(await response.read()))))
+        except TimeoutError:
+            return 1  # too busy to tell
+        except (aiohttp.ClientError, OSError):
+            return 0
+
+    async def finish(self, seconds: float) -> None:
+        """Returns when it has nothing left to do at two looks in a row, or after so many seconds."""
+        deadline, idle = time.monotonic() + seconds, 0
+        while idle < 2 and time.monotonic() < deadline:
+            idle = 0 if await self.unfinished() else idle + 1
+            await asyncio.sleep(0.2)
+
     async def stop(self, grace: float = 5.0) -> None:
         """SIGTERM, then SIGKILL for the whole process group: vLLM's own shutdown can wait for ever."""
-        self.state = "stopped"
+        self.become("stopped")
         if self._process and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)

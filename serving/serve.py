@@ -1,7 +1,8 @@
-"""``medassist serve``: engines, the gateway in front of them, and an orderly end."""
+"""``medassist serve``: engines, the gateway's workers in front of them, changes while they run, and an orderly end."""
 
 import asyncio
-import gc
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -10,255 +11,269 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import uvicorn
+import aiohttp
 
 from serving import fingerprint
-from serving.engine import Engine, EngineOptions, StartFailed, on_cpu
-from serving.features import MTP, NAME, NGRAM, Features, assign_adapters, check, default_dtype, split_arguments
-from serving.gateway.app import Gateway
+from serving.engine import StartFailed
+from serving.fleet import Fleet, together
+from serving.gateway import watch
+from serving.gateway.listener import listen
+from serving.gateway.privacy import forbid_core_dumps
+from serving.gateway.settings import restart_only
+from serving.gateway.supervisor import KEEPER_LIMIT
+from serving.gateway.workers import WorkerFailed, Workers
+from serving.plan import Options, Plan, make
+from serving.tenants.bookkeeping import Bookkeeping, KeeperFailed
+from serving.tenants.keeper_config import examine, open_to, write_config
 
 logger = logging.getLogger("medassist")
 
-
-@dataclass(frozen=True)
-class Options:
-    """How to serve.
-
-    Attributes:
-        dtype: of weights and activations; "auto" is float32 on CPUs (bfloat16 is slower on most), bfloat16 on GPUs and
-            for quantised weights whose kernels have no float32.
-        max_model_len: longest sequence in tokens; the model's own maximum if None.
-        eager: without torch.compile; None: eager on CPUs, where compiling costs half a minute and gains nothing.
-        threads: CPU threads of each rank of each engine; None: all cores but one, shared between all ranks.
-        kv_cache_gib: KV cache of each engine on CPUs, GiB. On GPUs vLLM takes what is free.
-        drain_seconds: how long running requests may take to finish when the server is told to stop.
-        tensor_parallel, pipeline_parallel: ranks that share each layer, and stages of layers, of each engine.
-        expert_parallel: ranks hold whole experts of a mixture, instead of a part of each.
-        adapters: LoRA adapters, each ``NAME=DIRECTORY`` or ``MODEL:NAME=DIRECTORY``.
-        speculative: "ngram", "mtp", or the directory of a checkpoint; drafts ``speculative_tokens`` tokens at a time.
-        quantization: vLLM's name of a method that quantises weights while they are loaded.
-        vllm_args: further arguments of ``vllm serve``, as in a shell.
-        log_dir: folder for the engines' logs and ``engines.json`` (process ids and sockets); None: not kept.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    eager: bool | None = None
-    threads: int | None = None
-    kv_cache_gib: float = 1.0
-    drain_seconds: float = 30.0
-    log_dir: Path | None = None
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    expert_parallel: bool = False
-    adapters: tuple[str, ...] = ()
-    speculative: str | None = None
-    speculative_tokens: int = 4
-    quantization: str | None = None
-    vllm_args: str = ""
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("auto", *fingerprint.TOLERANCE):
-            raise ValueError(f"--dtype must be auto, {', '.join(fingerprint.TOLERANCE)}; got {self.dtype!r}")
-        if self.kv_cache_gib <= 0:
-            raise ValueError(f"--kv-cache-gib must be above 0, got {self.kv_cache_gib}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {self.threads}")
-        for option in ("tensor_parallel", "pipeline_parallel", "speculative_tokens"):
-            if getattr(self, option) < 1:
-                name = option.replace("_", "-") + ("-size" if "parallel" in option else "")
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, option)}")
-        split_arguments(self.vllm_args)
+# On macOS a Unix socket's path has 104 bytes; the engines' names take up to 40.
+LONGEST_DIRECTORY = 60
+SLOW = 10.0  # seconds after which models that are not ready are named
 
 
 def run(checkpoints: list[Path], options: Options) -> int:
     """Serves until told to stop. Returns the exit code: 0 after SIGTERM or Ctrl-C, 1 when an engine did not start.
 
     Args:
-        checkpoints: checkpoint directories, or ``NAME=DIRECTORY``. A model is called like its directory (or like the
-            run, for a run's ``final``).
+        checkpoints: checkpoint directories, or ``NAME=DIRECTORY``; none with ``options.config``.
 
     Raises:
-        ValueError: no such checkpoint, two of one name, features that do not fit a checkpoint, or the port is taken.
+        ValueError: nothing that could be served (:func:`serving.plan.make`), or the port is taken.
+        OSError: the configuration cannot be read.
     """
-    named = name_checkpoints(checkpoints)
-    engine_options, notes = plan(named, options)
-    listener = _listen(options.host, options.port)
+    stamp = watch.stamp(options.config) if options.config else None
+    plan = make(checkpoints, options)
+    standing = examine(plan.settings)
+    listener = listen(plan.settings.host, plan.settings.port)
+    admin, tls = plan.settings.admin, plan.settings.tls
+    if tls.certificate:
+        from serving.gateway.tls import create_context
+
+        create_context(tls)  # it is the workers that need it, but it is now that somebody looks
+    operators = listen(admin.host, admin.port, "admin.port") if admin.port is not None else None
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    forbid_core_dumps()
     with tempfile.TemporaryDirectory(prefix="medassist-") as runtime:
+        if len(os.fsencode(runtime)) > LONGEST_DIRECTORY:
+            raise ValueError(f"{runtime} is too long for the path of a socket: set TMPDIR to a shorter directory")
+        lock = os.open(runtime, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_SH)  # systemd-tmpfiles leaves alone what is locked
+        accounts = Path(runtime) / "accounts"
+        write_config(plan.settings, accounts, options.config)
+        server = _Server(checkpoints, options, plan, listener, Path(runtime), stamp, operators, accounts)
+        if not standing.keys:
+            server.report(open_to(listener))
         try:
             import uvloop
 
-            return uvloop.run(_serve(named, engine_options, notes, options, listener, Path(runtime)))
+            return uvloop.run(server.run())
         except ImportError:
-            return asyncio.run(_serve(named, engine_options, notes, options, listener, Path(runtime)))
+            return asyncio.run(server.run())
+        finally:
+            os.close(lock)
 
 
-def name_checkpoints(checkpoints: list[Path]) -> dict[str, Path]:
-    """Names for checkpoint directories.
+class _Server:
+    """Engines and workers, and what they are told while they run."""
 
-    Raises:
-        ValueError: not a checkpoint directory, or a name is used twice.
-    """
-    named: dict[str, Path] = {}
-    for given in checkpoints:
-        name, equals, path = str(given).rpartition("=")
-        directory = Path(path).resolve()
-        if not (directory / "config.json").is_file():
-            raise ValueError(f"{path} is not a checkpoint directory: it has no config.json")
-        if not equals:
-            name = directory.parent.name if directory.name == "final" else directory.name
-        if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} cannot be a model's name (letters, digits, '.', '_', '-'): say NAME={path}")
-        if name in named:
-            raise ValueError(f"two checkpoints are called {name!r}: name one with NAME={path}")
-        named[name] = directory
-    return named
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Binds first of all: a taken port shows at once, not after the engines have loaded."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as e:
-        listener.close()
-        raise ValueError(f"cannot listen on {host}:{port} ({e.strerror}): choose another --port") from e
-    return listener
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: ours let running requests finish first."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def _serve(
-    named: dict[str, Path],
-    engine_options: dict[str, EngineOptions],
-    notes: list[str],
-    options: Options,
-    listener: socket.socket,
-    runtime: Path,
-) -> int:
-    began = time.monotonic()
-
-    def report(text: str) -> None:
-        print(f"[{time.monotonic() - began:5.1f}s] {text}", file=sys.stderr, flush=True)
-
-    if options.log_dir:
-        options.log_dir.mkdir(parents=True, exist_ok=True)
-    for note in notes:
-        report(note)
-    engines = [
-        Engine(
-            name, path, engine_options[name], runtime, lambda model, text: report(f"{model}: {text}"), options.log_dir
+    def __init__(
+        self,
+        checkpoints: list[Path],
+        options: Options,
+        plan: Plan,
+        listener: socket.socket,
+        runtime: Path,
+        stamp: watch.Stamp | None,
+        operators: socket.socket | None,
+        accounts: Path,
+    ) -> None:
+        """``operators``: the admin listener. ``accounts``: the keeper's folder."""
+        self._checkpoints, self._options, self._listener, self._stamp = checkpoints, options, listener, stamp
+        self._operators = operators
+        self._began = time.monotonic()
+        self._told_to_stop = asyncio.Event()
+        self._changes: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
+        self._asked: list[Callable[[], Awaitable[None]]] = []  # what is in the queue
+        self.fleet = Fleet(plan, runtime, self.report, self._publish, options.log_dir, self._write_state)
+        self.workers = Workers(
+            listener, self.fleet.settings_file, plan.settings.workers, self._report_worker, operators, accounts
         )
-        for name, path in named.items()
-    ]
-    gateway = Gateway(engines)
-    config = uvicorn.Config(gateway, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=75)
-    server = _Server(config)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
+        self._books = Bookkeeping(accounts, self.report)
+        self._watching: asyncio.Task[str] | None = None  # for a store
 
-    # The gateway answers from the first moment (503 with Retry-After), so that probes see a start and not a fault.
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    stopping = asyncio.create_task(stop.wait())
-    starting = asyncio.gather(*(engine.start() for engine in engines))
-    watching: list[asyncio.Task[None]] = []
-    code = 0
-    try:
-        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            starting.result()
-            watching = [asyncio.create_task(engine.watch()) for engine in engines]
-            _write_state(options.log_dir, engines)
-            # Relaying makes much garbage and no cycles: scanning what lives for ever, again and again, is waste.
-            gc.freeze()
-            gc.set_threshold(50_000, 20, 20)
-            host = f"[{options.host}]" if ":" in options.host else options.host
-            names = ", ".join(gateway.gate.engines)
-            report(f"ready: http://{host}:{listener.getsockname()[1]}/v1 serves {names}  (Ctrl-C stops)")
-            await stopping
-            report("stopping: no new requests, waiting for the running ones")
+    def report(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a terminal that has gone
+            print(f"[{time.monotonic() - self._began:5.1f}s] {text}", file=sys.stderr, flush=True)
+
+    def _report_worker(self, text: str) -> None:
+        self.report(text)
+        asyncio.get_running_loop().call_soon(self._write_state)
+
+    def _publish(self) -> None:
+        self.workers.reload()
+
+    async def run(self) -> int:
+        """Serves until told to stop; returns the exit code."""
+        if self._options.log_dir:
+            self._options.log_dir.mkdir(parents=True, exist_ok=True)
+        for note in self.fleet.plan.notes:
+            self.report(note)
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self._told_to_stop.set)
+        loop.add_signal_handler(signal.SIGUSR2, self._ask_for, self._restart)
+        if self._options.config:
+            loop.add_signal_handler(signal.SIGHUP, self._ask_for, self._reload)
+        else:  # there is nothing to read again: a terminal was closed
+            loop.add_signal_handler(signal.SIGHUP, self._told_to_stop.set)
+
+        serving = asyncio.ensure_future(self._serve())
+        stopping = asyncio.ensure_future(self._told_to_stop.wait())
+        code = 0
+        try:
+            await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                serving.result()
+            if self._watching is not None and self._watching.done():
+                self.report(f"NOT SERVED any more: {self._watching.result()}")
+                code = 1
+            else:
+                self.report("stopping: no new requests, waiting for the running ones")
+        except (fingerprint.Mismatch, StartFailed, WorkerFailed, KeeperFailed) as e:
+            self.report(f"NOT SERVED: {e}")
+            code = 1
+        finally:
             for signum in (signal.SIGTERM, signal.SIGINT):  # a second signal does not wait
-                loop.add_signal_handler(signum, lambda: [task.cancel() for task in gateway.gate.running])
-            await gateway.gate.drain(options.drain_seconds)
-    except (fingerprint.Mismatch, StartFailed) as e:
-        report(f"NOT SERVED: {e}")
-        code = 1
-    finally:
-        starting.cancel()
-        for task in (*watching, stopping):
-            task.cancel()
-        await asyncio.gather(starting, *watching, return_exceptions=True)
-        await asyncio.gather(*(engine.stop() for engine in engines))
-        server.should_exit = True
-        await serving
-    report("stopped")
-    return code
+                loop.add_signal_handler(signum, self.workers.kill)
+            tasks = (serving, stopping, *([self._watching] if self._watching is not None else ()))
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._listener.close()
+            if self._operators is not None:
+                self._operators.close()
+            await self.workers.stop()
+            await asyncio.to_thread(self._books.stop, KEEPER_LIMIT)
+            await self.fleet.stop()
+        self.report("stopped")
+        return code
 
+    async def _serve(self) -> None:
+        """Starts everything, then carries out one change after the other, for ever.
 
-def plan(named: Mapping[str, Path], options: Options) -> tuple[dict[str, EngineOptions], list[str]]:
-    """How each engine is started, and what to tell about it.
+        Raises:
+            fingerprint.Mismatch, StartFailed, WorkerFailed: something did not start.
+        """
+        await asyncio.to_thread(self._books.start)
+        self._watching = asyncio.create_task(self._books.watch())
+        self._watching.add_done_callback(lambda _: self._told_to_stop.set())
+        # The workers answer long before the engines (503 with Retry-After): probes see a start and not a fault.
+        await together(self.workers.start(), self.fleet.start())
+        self._write_state()
+        async with asyncio.TaskGroup() as beside:
+            beside.create_task(self._tell_when_ready())
+            if self._options.config:
+                beside.create_task(watch.watch(self._options.config, self._file_changed, known=self._stamp))
+            while True:
+                change = await self._changes.get()
+                self._asked.remove(change)
+                try:
+                    await change()
+                except (fingerprint.Mismatch, StartFailed, WorkerFailed, OSError) as e:
+                    self.report(f"what has not been exchanged stays as it was: {e}")
+                except Exception:
+                    logger.exception("a change failed")
+                self._write_state()
 
-    Raises:
-        ValueError: a feature that a checkpoint cannot have.
-    """
-    cpu = on_cpu()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = options.tensor_parallel * options.pipeline_parallel
-    adapters = assign_adapters(options.adapters, named)
-    draft = options.speculative
-    engines: dict[str, EngineOptions] = {}
-    notes = []
-    for model, checkpoint in named.items():
-        features = Features(
-            tensor_parallel=options.tensor_parallel,
-            pipeline_parallel=options.pipeline_parallel,
-            expert_parallel=options.expert_parallel,
-            adapters=adapters[model],
-            speculative=Path(draft).resolve() if draft and draft not in (NGRAM, MTP) else draft,
-            speculative_tokens=options.speculative_tokens,
-            quantization=options.quantization,
-            vllm_args=split_arguments(options.vllm_args),
-        )
-        notes += [f"{model}: {note}" for note in check(model, checkpoint, features, cpu, options.max_model_len)]
-        if cpu and features.adapters and options.eager is False:
-            notes.append(f"{model}: not compiled, because vLLM has no adapters on CPUs when it compiles")
-        engines[model] = EngineOptions(
-            dtype=options.dtype if options.dtype != "auto" else default_dtype(checkpoint, features, cpu),
-            eager=cpu if options.eager is None else options.eager,
-            threads=options.threads or max(1, (cores - 1) // (len(named) * ranks)),
-            kv_cache_gib=options.kv_cache_gib,
-            max_model_len=options.max_model_len,
-            features=features,
-        )
-    if cpu and len(named) * ranks > cores:
-        notes.append(f"WARNING: {len(named) * ranks} engine ranks share {cores} cores; they will wait for each other")
-    return engines, notes
+    async def _tell_when_ready(self) -> None:
+        """Reports once all workers can serve all models."""
+        host, port = self._listener.getsockname()[:2]
+        address = f"[{host}]" if ":" in host else host
+        within = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, address)
+        ready, since, told = 0, time.monotonic(), False
+        # A connection of its own for each question: any worker may get it.
+        connector = aiohttp.TCPConnector(force_close=True, ssl=False)  # it is our own certificate
+        tls = self.fleet.plan.settings.tls
+        root = f"http{'s' if tls.certificate else ''}://{within}:{port}"
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=5)) as session:
+            while ready < len(self.workers.pids):
+                states: dict[str, str] = {}
+                if tls.client_ca:  # the listeners would refuse us
+                    states = {engine.model: engine.state for engine in self.fleet.engines}
+                    if all(state == "ready" for state in states.values()):
+                        break
+                    await asyncio.sleep(0.1)
+                    continue
+                try:
+                    async with session.get(f"{root}/ready") as response:
+                        ready = ready + 1 if response.status == 200 else 0
+                        states = (await response.json()).get("engines", {})  # not told where keys are required
+                except (aiohttp.ClientError, OSError, ValueError, KeyError):
+                    ready = 0
+                if not ready:
+                    await asyncio.sleep(0.1)
+                missing = [f"{model} ({state})" for model, state in states.items() if state != "ready"]
+                if not told and missing and time.monotonic() - since > SLOW:
+                    self.report(f"the engines of this server run; not ready yet: {', '.join(missing)}")
+                    told = True
+        models = self.fleet.plan.settings.models
+        names = ", ".join(name for model, s in models.items() for name in (model, *s.adapters))
+        self.report(f"ready: http{'s' if tls.certificate else ''}://{address}:{port}/v1 serves {names}  (Ctrl-C stops)")
 
+    # What is told by signals, and by the configuration.
 
-def _write_state(log_dir: Path | None, engines: list[Engine]) -> None:
-    """For tools on this machine: where the engines are."""
-    if log_dir:
-        state = {
-            "pid": os.getpid(),
-            "engines": [
-                {"model": e.model, "names": list(e.names), "pid": e.pid, "socket": str(e.socket)} for e in engines
-            ],
-        }
-        (log_dir / "engines.json").write_text(json.dumps(state) + "\n")
+    async def _file_changed(self) -> None:
+        assert self._options.config is not None
+        if watch.stamp(self._options.config) != self._stamp:
+            self._ask_for(self._reload)
+
+    def _ask_for(self, change: Callable[[], Awaitable[None]]) -> None:
+        if change not in self._asked:
+            self._asked.append(change)
+            self._changes.put_nowait(change)
+
+    async def _reload(self) -> None:
+        config = self._options.config
+        assert config is not None
+        self._stamp = watch.stamp(config)
+        running = self.fleet.plan
+        try:
+            plan = await asyncio.to_thread(make, self._checkpoints, self._options)
+        except (ValueError, OSError) as e:
+            self.report(f"the new configuration cannot be used, and everything stays as it was: {e}")
+            return
+        if plan == running:
+            self.report(f"{config} says what is running already")
+            return
+        for note in plan.notes:
+            self.report(note)
+        for key in restart_only(running.settings, plan.settings):
+            self.report(f"{config}: {key} changes when the server is started again")
+        await self.fleet.apply(plan)
+        self.report(f"{config} is in use")
+
+    async def _restart(self) -> None:
+        self.report("restarting workers and engines, one after the other")
+        await self.workers.roll()
+        self._write_state()
+        await self.fleet.roll()
+        self.report("every worker and every engine has been restarted")
+
+    def _write_state(self) -> None:
+        """For tools on this machine: where the engines are."""
+        if self._options.log_dir is None:
+            return
+        engines = [
+            {"model": e.model, "names": list(e.names), "pid": e.pid, "socket": str(e.socket), "state": e.state}
+            for e in self.fleet.engines
+        ]
+        state = {"pid": os.getpid(), "workers": self.workers.pids, "engines": engines}
+        new = self._options.log_dir / "engines.json.new"
+        with contextlib.suppress(OSError):  # the folder is full or gone, which must not stop anything else
+            new.write_text(json.dumps(state) + "\n")
+            new.replace(self._options.log_dir / "engines.json")

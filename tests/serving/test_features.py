@@ -13,7 +13,7 @@ from modeling.registry import REGISTRY
 from serving.engine import Engine
 from serving.features import RESERVED, default_dtype, read_config, split_arguments
 from serving.gateway.errors import from_engine
-from serving.serve import Options, plan
+from serving.plan import Options, plan
 from tests.lora import write_adapter
 from tests.quantised import write_quantised
 
@@ -296,6 +296,6 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, content: str) -> None:
 )  # fmt: skip
 def test_vllms_words_become_openais_code(message: str, code: str | None) -> None:
     body = json.dumps({"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}).encode()
-    error = from_engine(400, body, 1)
+    error = from_engine(400, body, "/v1/completions", "m")
     assert error.code == code
     assert "(parameter=" not in error.message
