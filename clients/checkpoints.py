@@ -2,7 +2,6 @@
 
 import re
 import signal
-import sys
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -10,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from clients.installation import fail, needs, printable
+from clients.tables import print_table
 
 Settings = Annotated[
     list[str] | None,
@@ -65,8 +65,8 @@ def models() -> None:
         from modeling.registry import REGISTRY
 
         rows = [row for arch in REGISTRY.values() for row in _preset_rows(arch)]
-    _print_table(("architecture", "preset", "parameters", "active", "layers", "width", "heads", "kv", "head size",
-                  "vocabulary", "context", "what it is"), rows)  # fmt: skip
+    print_table(("architecture", "preset", "parameters", "active", "layers", "width", "heads", "kv", "head size",
+                 "vocabulary", "context", "what it is"), rows)  # fmt: skip
 
 
 def inspect(
@@ -156,18 +156,3 @@ def _preset_rows(arch: Any) -> list[tuple[str, ...]]:
             str(config.vocab_size), str(config.max_position_embeddings), what,
         ))  # fmt: skip
     return rows
-
-
-def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*head, box=None)
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    for row in (head, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from clients import benchmarks, checkpoints, data, evaluation, training
+from clients import audit, benchmarks, captures, checkpoints, data, evaluation, gateway, keys, store, training, usage
 from clients.installation import demo_checkpoint, printable
 from clients.installation import fail as _fail
 from clients.installation import needs as _needs
@@ -22,11 +22,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # they can print local variables, which hold questions and answers
 )
+app.add_typer(audit.app, name="audit")
 app.add_typer(benchmarks.app, name="bench")
+app.add_typer(captures.app, name="capture")
 app.add_typer(data.app, name="data")
+app.add_typer(keys.app, name="keys")
+app.add_typer(store.app, name="store")
 checkpoints.register(app)
 evaluation.register(app)
+gateway.register(app)
 training.register(app)
+usage.register(app)
 
 BaseUrl = Annotated[str, typer.Option(envvar="MEDASSIST_BASE_URL", help="Address of the API.")]
 ApiKey = Annotated[
@@ -47,8 +53,23 @@ def serve(
             metavar="CHECKPOINT", help="Directories written by training, or NAME=DIRECTORY; the demo if none."
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if not given.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port to listen on, 8000 if not given; 0 takes a free one.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The gateway's settings (YAML), in place of CHECKPOINTs; options win."),
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Engines of each checkpoint; 1 if not given.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that take requests; 1 if not given.")] = None,
+    latency_target: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Time in which answers are worth having; what would be later is refused."),
+    ] = None,
+    target_first_token: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="The same, until the first token.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Longest sequence; the model's own if not given.")
@@ -59,7 +80,9 @@ def serve(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each engine's ranks.")] = None,
     kv_cache_gib: Annotated[float, typer.Option(help="KV cache of each engine on CPUs, in GiB.")] = 1.0,
-    drain_seconds: Annotated[float, typer.Option(min=0, help="Time for running requests to finish at the end.")] = 30.0,
+    drain_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Time for running requests to finish at the end; 30 if not given.")
+    ] = None,
     log_dir: Annotated[
         Path | None, typer.Option(help="Where to keep the engines' logs; not kept if not given.")
     ] = None,
@@ -91,15 +114,25 @@ def serve(
         str, typer.Option(metavar="'ARGS'", help="Further arguments of `vllm serve`, such as '--max-num-seqs 64'.")
     ] = "",
 ) -> None:
-    """Serves checkpoints behind an OpenAI-compatible API until Ctrl-C or SIGTERM."""
+    """Serves checkpoints behind an OpenAI-compatible API until Ctrl-C or SIGTERM.
+
+    SIGUSR2 restarts workers and engines one after the other, without a failed request; SIGHUP, or a change of the file,
+    reads --config again.
+    """
     if importlib.util.find_spec("vllm") is None:
         _fail("serving needs vLLM: pip install 'medassist[cpu]' (with an NVIDIA GPU: 'medassist[gpu]')", 1)
     with _needs("cpu"):
-        from serving.serve import Options, run
+        from serving.plan import Options
+        from serving.serve import run
 
     options = Options(
         host=host,
         port=port,
+        config=config,
+        replicas=replicas,
+        workers=workers,
+        latency_target=latency_target,
+        first_token_target=target_first_token,
         dtype=dtype,
         max_model_len=max_model_len,
         eager=eager,
@@ -116,8 +149,8 @@ def serve(
         quantization=quantization,
         vllm_args=vllm_args,
     )
-    paths = [Path(checkpoint) for checkpoint in checkpoints or []] or [demo_checkpoint()]
-    raise typer.Exit(run(paths, options))
+    paths = [Path(checkpoint) for checkpoint in checkpoints or []]
+    raise typer.Exit(run(paths if paths or config else [demo_checkpoint()], options))
 
 
 @app.command(epilog='Example: medassist ask "What are the signs of a stroke?"')

@@ -9,7 +9,6 @@ import contextlib
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import openai
 import typer
 
 from clients.terminal import NOTICE, connect, printable
+from loadtest.gateway.processes import free_port
 
 QUESTIONS = (
     "What are the signs of a stroke?",
@@ -58,11 +58,11 @@ def demonstrate(arguments: list[str]) -> None:
         openai.APIError: it did not answer.
     """
     began = time.perf_counter()
-    port = _free_port()
+    port = free_port()
     typer.secho("Starting the server", bold=True)
     with _server([*arguments, "--port", str(port)]) as server:
         _wait_until_ready(server, port, began + START_SECONDS)
-        client = connect(f"http://127.0.0.1:{port}/v1", None)
+        client = connect(f"http://127.0.0.1:{port}/v1", os.environ.get("MEDASSIST_API_KEY"))
         model = client.models.list().data[0].id
         typer.secho(f"\n{NOTICE}", dim=True)
         answered = [_ask(client, model, question) for question in QUESTIONS]
@@ -96,12 +96,6 @@ def _ask(client: openai.OpenAI, model: str, question: str) -> float:
     speed = f"{(tokens - 1) / took:.0f} tokens/s " if took else ""
     typer.secho(f"\ntime to first token {times[0] - asked:.2f} s, {speed}({tokens} tokens)", dim=True)
     return times[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

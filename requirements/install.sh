@@ -29,9 +29,11 @@ if ! pip_install "torch==$torch" >/dev/null; then
 fi
 echo "[2/4] vLLM for CPUs and what it needs (about 3 minutes)"
 pip_install -r "$here/cpu.txt"
+pip_install -r "$here/gateway.txt"
 echo "[3/4] training and development tools"
 pip_install -r "$here/train.txt"
 pip_install -r "$here/dev.txt"
 pip_install --target "$venv/openai-2" --upgrade -r "$here/openai-2.txt"
+pip_install --target "$venv/suites" --upgrade --no-compile -r "$here/suites.txt"
 echo "[4/4] medassist"
 pip_install --no-build-isolation -e "$here/.."

@@ -1,6 +1,8 @@
 """Fixtures that several test packages share."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,19 @@ from hypothesis import settings
 # The same examples in every run, and no deadline: a busy machine is no failure.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50, database=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keys of whoever runs the tests do not matter to them, nor do tests leave any."""
+    os.environ["MEDASSIST_HOME"] = str(tmp_path_factory.mktemp("home"))  # for the commands that tests start, too
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder for sockets: ``tmp_path`` can be too long for one's address."""
+    with tempfile.TemporaryDirectory(prefix="ma-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")
