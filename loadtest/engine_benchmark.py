@@ -45,7 +45,7 @@ def run(options: Options, command: str = "") -> Result:
 def environment(command: str) -> dict[str, str]:
     """Date, hardware, commit and versions, those of what is measured here."""
     facts = benchmark.environment(command)
-    for name in ("aiohttp", "uvicorn", "uvloop"):
+    for name in ("aiohttp", "httptools", "uvloop"):
         facts.pop(name, None)
     return facts | {"transformers": metadata.version("transformers")}
 

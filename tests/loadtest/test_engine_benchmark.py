@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from clients.cli import app
 from loadtest import benchmark, engine_benchmark
 from loadtest.engine_plan import Options
+from tests.clients.commands import run as run_command
 
 
 @pytest.fixture
@@ -86,14 +87,16 @@ def test_options_and_the_command_line_reach_the_benchmark(monkeypatch: pytest.Mo
         (["--preset", "tiny", "--new-tokens", "600"], "--new-tokens 600 do not fit"),
     ],
 )
-def test_mistakes_are_one_paragraph_and_exit_code_2(arguments: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "clients.cli", "bench", "engine", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_mistakes_are_one_paragraph_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run_command(capsys, "bench", "engine", *arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_a_small_measurement(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "clients.cli", "bench", "engine", "--architecture", "medassist_gpt"]
