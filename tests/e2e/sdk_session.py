@@ -1,16 +1,19 @@
 """Uses the gateway as an application would, through whichever major version of the OpenAI SDK is importable.
 
-Run by test_openai_sdk.py in a process of its own: ``python sdk_session.py BASE_URL MODEL`` prints one JSON object.
+Run by test_openai_sdk.py in a process of its own: ``python sdk_session.py BASE_URL MODEL NARROW_URL`` prints one JSON
+object. The gateway at ``NARROW_URL`` takes one request at a time.
 """
 
 import asyncio
 import json
 import sys
+import threading
+import time
 
 import openai
 from openai import AsyncOpenAI, OpenAI
 
-BASE_URL, MODEL = sys.argv[1:]
+BASE_URL, MODEL, NARROW_URL = sys.argv[1:]
 QUESTION = [{"role": "user", "content": "What are the symptoms of asthma?"}]
 SCHEMA = {
     "type": "object",
@@ -62,14 +65,62 @@ seen["completion"] = [completion.choices[0].text, len(completion.choices[0].logp
 pieces = client.completions.create(model=MODEL, prompt="Asthma is", max_tokens=6, temperature=0, stream=True)
 seen["completion_streamed"] = "".join(p.choices[0].text for p in pieces)
 
+seen["retrieved"] = client.models.retrieve(MODEL).id
+named = client.with_options(default_headers={"X-Request-ID": "visit-17"}).chat.completions.with_raw_response
+raw = named.create(model=MODEL, messages=QUESTION, max_tokens=2)
+own = create(model=MODEL, messages=QUESTION, max_tokens=2)
+seen["request_ids"] = [raw.headers["x-request-id"], raw.parse()._request_id, own._request_id]
+seen["raw_usage"] = raw.parse().usage.completion_tokens
+
+respond = client.responses.create
+response = respond(model=MODEL, input=QUESTION[0]["content"], temperature=0)
+seen["response"] = [response.status, response.output_text, response.usage.output_tokens]
+seen["response_stored"] = response.model_dump().get("store")
+deltas, last = "", None
+for event in respond(model=MODEL, input=QUESTION, temperature=0, stream=True):
+    deltas += event.delta if event.type == "response.output_text.delta" else ""
+    last = event
+seen["response_streamed"] = [last.type, deltas, last.response.usage.output_tokens]
+
+REFUSED = {
+    "no such model": lambda: create(model="no-such-model", messages=QUESTION),
+    "no such card": lambda: client.models.retrieve("no-such-model"),
+    "too long": lambda: create(model=MODEL, messages=[{"role": "user", "content": "word " * 3000}]),
+    "wrong type": lambda: create(model=MODEL, messages=QUESTION, max_tokens="many"),
+    "closed off": lambda: create(model=MODEL, messages=QUESTION, extra_body={"chat_template": "{{ messages }}"}),
+    "too large": lambda: create(model=MODEL, messages=[{"role": "user", "content": "word " * 2_000_000}]),
+    "too much": lambda: client.completions.create(model=MODEL, prompt="Asthma is", n=1_000_000),
+    "stream of no such model": lambda: create(model="no-such-model", messages=QUESTION, stream=True),
+    "response of no such model": lambda: respond(model="no-such-model", input="Asthma?"),
+}
+client.max_retries = 0
+seen["errors"] = {}
+for name, refused in REFUSED.items():
+    try:
+        refused()
+        seen["errors"][name] = None
+    except openai.APIStatusError as e:
+        seen["errors"][name] = {
+            "class": type(e).__name__,
+            "status": e.status_code,
+            "code": e.code,
+            "param": e.param,
+            "retry_after": e.response.headers.get("retry-after"),
+            "request_id": bool(e.request_id),
+        }
+
+crowded = OpenAI(base_url=NARROW_URL, api_key="unused")
+narrow = crowded.chat.completions
+busy = narrow.create(**hot | {"max_tokens": 900}, stream=True)
+next(iter(busy))
 try:
-    create(model="no-such-model", messages=QUESTION)
-except openai.NotFoundError as e:
-    seen["not_found"] = e.code
-try:
-    create(model=MODEL, messages=[{"role": "user", "content": "word " * 3000}])
-except openai.BadRequestError as e:
-    seen["too_long"] = e.code
+    crowded.with_options(max_retries=0).chat.completions.create(model=MODEL, messages=QUESTION)
+except openai.RateLimitError as e:
+    seen["limited"] = [e.code, int(e.response.headers["retry-after"])]
+threading.Timer(0.2, busy.close).start()
+began = time.monotonic()
+seen["retried"] = narrow.create(model=MODEL, messages=QUESTION, temperature=0).choices[0].message.content
+seen["retried_after"] = time.monotonic() - began
 
 
 async def concurrently() -> list[str]:

@@ -11,34 +11,34 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from loadtest.gateway.processes import free_port
 
 CHECKPOINT = Path(__file__).parents[2] / "training/checkpoints/medassist-demo"
 START_LIMIT = 240  # seconds; generous, since tests may share two slow cores
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 class Server:
-    """Starts at once; ``wait_ready`` before use; ``stop`` at the end."""
+    """Starts at once; ``wait_ready`` before use; ``stop`` at the end. Without a checkpoint, ``arguments`` say what."""
 
-    def __init__(self, checkpoint: Path, log_dir: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, checkpoint: Path | None, log_dir: Path, *arguments: str, env: dict[str, str] | None = None
+    ) -> None:
         self.port, self.log_dir = free_port(), log_dir
         log_dir.mkdir(parents=True, exist_ok=True)
         self.output = log_dir / "serve.log"
-        command = [sys.executable, "-m", "clients.cli", "serve", str(checkpoint), "--port", str(self.port)]
+        command = [sys.executable, "-m", "clients.cli", "serve", "--port", str(self.port)]
+        command += [str(checkpoint)] if checkpoint else []
         command += ["--log-dir", str(log_dir), *arguments]
         with self.output.open("w") as f:
             # Away from the repository: the package that is tested is the installed one.
             self.process = subprocess.Popen(command, cwd=log_dir, stdout=f, stderr=f, env=os.environ | (env or {}))
         self.root = f"http://127.0.0.1:{self.port}"
         self.base_url = f"{self.root}/v1"
-        self.model = checkpoint.name
+        self.model = checkpoint.name if checkpoint else ""
 
     @property
     def log(self) -> str:
@@ -74,9 +74,15 @@ class Server:
             return 0, ""
 
     @property
-    def engine(self) -> dict[str, object]:
-        """``model``, ``pid`` and ``socket`` of the engine."""
-        engine: dict[str, object] = json.loads((self.log_dir / "engines.json").read_text())["engines"][0]
+    def state(self) -> dict[str, Any]:
+        """``pid``, ``workers`` (their process ids) and ``engines`` (``model``, ``pid``, ``socket``, ``state``)."""
+        state: dict[str, Any] = json.loads((self.log_dir / "engines.json").read_text())
+        return state
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """The first engine."""
+        engine: dict[str, Any] = self.state["engines"][0]
         return engine
 
     def engine_metric(self, name: str) -> float:

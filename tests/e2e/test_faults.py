@@ -66,7 +66,8 @@ def test_a_killed_engine_ends_streams_with_an_error_and_comes_back(own_server: S
         assert 1 <= int(own_server.headers["Retry-After"]) <= 120
         time.sleep(0.5)
     assert answers[-1] == 200, own_server.log
-    assert 'medassist_engine_restarts{model="medassist-demo"} 1.0' in own_server.get("/metrics")[1]
+    assert own_server.log.count("starting again in") == 1
+    assert 'medassist_replica_up{model="medassist-demo",replica="0"} 1.0' in own_server.get("/metrics")[1]
 
 
 def test_a_killed_gateway_leaves_no_process_behind(own_server: Server) -> None:

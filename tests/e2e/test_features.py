@@ -263,6 +263,7 @@ def test_a_quantised_checkpoint_computes_what_its_file_says(directory: Path) -> 
         server.stop()
 
 
+@pytest.mark.slow
 def test_tensor_parallel_ranks_compute_the_same_and_die_with_their_server(directory: Path, base: Path) -> None:
     server = Server(base, directory / "ranks", *SMALL_CACHE, "--tp", "2")
     try:
@@ -281,6 +282,7 @@ def test_tensor_parallel_ranks_compute_the_same_and_die_with_their_server(direct
         server.stop()
 
 
+@pytest.mark.slow
 def test_pipeline_stages_compute_the_same(directory: Path, base: Path) -> None:
     server = Server(base, directory / "stages", *SMALL_CACHE, "--pp", "2")
     try:
@@ -309,6 +311,7 @@ def test_a_model_that_is_not_causal_says_what_it_costs(directory: Path) -> None:
         server.stop()
 
 
+@pytest.mark.slow
 def test_a_model_drafts_for_itself_over_a_cache_of_latents(directory: Path) -> None:
     """Multi-token prediction changes no token; the report has the size of the cache; repeated prompts come from it."""
     target = write_random(directory / "latents", "medassist_deepseek")

@@ -77,7 +77,7 @@ def test_health_ready_models_and_metrics(server: Server) -> None:
     before = _counter(server, "/v1/completions", 200)
     server.post("/v1/completions", {"model": server.model, "prompt": "Asthma", "max_tokens": 1})
     assert _counter(server, "/v1/completions", 200) == before + 1
-    assert f'medassist_engine_ready{{model="{server.model}"}} 1.0' in server.get("/metrics")[1]
+    assert f'medassist_replica_up{{model="{server.model}",replica="0"}} 1.0' in server.get("/metrics")[1]
 
 
 def _counter(server: Server, route: str, code: int) -> float:

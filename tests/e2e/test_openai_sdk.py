@@ -4,25 +4,56 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from loadtest.gateway.processes import free_port
 from tests.e2e.server import Server
+from tests.waiting import until
 
 pytestmark = pytest.mark.engine
 PREVIOUS_MAJOR = Path(sys.prefix) / "openai-2"  # requirements/install.sh
 
 
+@pytest.fixture(scope="module")
+def narrow(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Another gateway in front of the same engine, which has room for one request and no queue."""
+    directory, port = tmp_path_factory.mktemp("narrow"), free_port()
+    engine = {"url": f"unix:{server.engine['socket']}"}
+    model = {"engines": [engine], "max_concurrency": 1, "max_queue": 0}
+    (directory / "gateway.yaml").write_text(json.dumps({"models": {server.model: model}}))
+    command = [sys.executable, "-m", "clients.cli", "gateway", "--config", "gateway.yaml", "--port", str(port)]
+    with (directory / "gateway.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=directory, stdout=log, stderr=log)
+    root = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        try:
+            with urllib.request.urlopen(f"{root}/ready", timeout=5) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+    try:
+        assert until(ready, 30), (directory / "gateway.log").read_text()
+        yield f"{root}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
 @pytest.fixture(scope="module", params=["3", "2"])
-def seen(request: pytest.FixtureRequest, server: Server) -> dict:
+def seen(request: pytest.FixtureRequest, server: Server, narrow: str) -> dict:
     """What an application using that major version of the SDK saw."""
     env = dict(os.environ)
     if request.param == "2":
         assert PREVIOUS_MAJOR.is_dir(), f"{PREVIOUS_MAJOR} is missing: make install"
         env["PYTHONPATH"] = str(PREVIOUS_MAJOR)
     script = Path(__file__).with_name("sdk_session.py")
-    command = [sys.executable, str(script), server.base_url, server.model]
+    command = [sys.executable, str(script), server.base_url, server.model, narrow]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     result: dict = json.loads(done.stdout)
@@ -85,6 +116,52 @@ def test_completions_plain_and_streamed(seen: dict) -> None:
     assert seen["completion_streamed"] == text
 
 
+def test_the_model_has_a_card(seen: dict, server: Server) -> None:
+    assert seen["retrieved"] == server.model
+
+
+def test_request_ids_are_the_clients_or_ours(seen: dict) -> None:
+    theirs, parsed, ours = seen["request_ids"]
+    assert theirs == parsed == "visit-17"
+    assert ours
+    assert ours != theirs
+    assert seen["raw_usage"] == 2
+
+
+def test_responses_give_the_same_answer_whole_and_streamed(seen: dict) -> None:
+    status, text, tokens = seen["response"]
+    assert [status, text] == ["completed", seen["answer"]]
+    assert seen["response_streamed"] == ["response.completed", text, tokens]
+    assert not seen["response_stored"]
+
+
 def test_errors_become_the_sdks_exceptions(seen: dict) -> None:
-    assert seen["not_found"] == "model_not_found"
-    assert seen["too_long"] == "context_length_exceeded"
+    errors = seen["errors"]
+    assert {name: [error["class"], error["status"]] for name, error in errors.items()} == {
+        "no such model": ["NotFoundError", 404],
+        "no such card": ["NotFoundError", 404],
+        "too long": ["BadRequestError", 400],
+        "wrong type": ["BadRequestError", 400],
+        "closed off": ["BadRequestError", 400],
+        "too large": ["APIStatusError", 413],
+        "too much": ["BadRequestError", 400],
+        "stream of no such model": ["NotFoundError", 404],
+        "response of no such model": ["NotFoundError", 404],
+    }
+    assert {name: error["param"] for name, error in errors.items() if error["status"] == 400} == {
+        "too long": "input_tokens",
+        "wrong type": "max_tokens",
+        "closed off": "chat_template",
+        "too much": "n",
+    }
+    assert errors["no such model"]["code"] == "model_not_found"
+    assert errors["too long"]["code"] == "context_length_exceeded"
+    assert all(error["request_id"] for error in errors.values())
+
+
+def test_too_many_requests_are_tried_again_when_the_gateway_said(seen: dict) -> None:
+    code, retry_after = seen["limited"]
+    assert code == "overloaded"
+    assert retry_after >= 1
+    assert seen["retried"] == seen["answer"]
+    assert seen["retried_after"] > retry_after
