@@ -106,7 +106,7 @@ def test_routers_choose_as_in_training(router: str, world: str, routed_directory
 
 
 @pytest.mark.parametrize(
-    "kind", ["eager", "mtp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("no-latents", "padded-latents"))]
+    "kind", ["mtp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("eager", "no-latents", "padded-latents"))]
 )
 def test_cache_is_as_small_as_the_formula_says(kind: str, engines: Engines) -> None:
     variant = next((v for v in variants() if v.latent and not v.number), None)
@@ -218,6 +218,7 @@ def count_accepted(model: MedAssistDeepseekForCausalLM, prompt: list[int], answe
     return steps, accepted
 
 
+@pytest.mark.slow
 def test_drafts_are_what_the_module_predicts(tmp_path: Path) -> None:
     model = trained()
     save(model, tmp_path / "model")

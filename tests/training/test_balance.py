@@ -20,6 +20,7 @@ def test_selection_bias_brings_the_load_into_balance(tmp_path: Path) -> None:
     assert worst_layers(tmp_path, "aux_free")[-40:].max() < 0.2
 
 
+@pytest.mark.slow
 def test_without_it_the_load_stays_out_of_balance(tmp_path: Path) -> None:
     assert worst_layers(tmp_path, "none")[-40:].min() > 0.6
 
