@@ -130,7 +130,7 @@ def test_a_tracker_that_fails_or_hangs_costs_one_warning(
         if where == "hang in close":
             time.sleep(0.001)
     kept.close(seconds=0.3)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 15  # of the 20 that it hangs
     assert len(read(tmp_path / "metrics.jsonl")) == 200
     assert all("trackio" in text for text in told)
     assert 1 <= len(told) <= 2  # that it cannot keep up is told as well

@@ -181,7 +181,7 @@ def test_a_collector_that_is_away_costs_a_bounded_number_of_spans(monkeypatch: p
         began = time.monotonic()
         exporter.export([record()])
         slowest = max(slowest, time.monotonic() - began)
-    assert slowest < 1.0
+    assert slowest < 5
     assert until(lambda: told)
     assert exporter.dropped >= 200 - 50 - 10
     with running_collector(port) as collector:
