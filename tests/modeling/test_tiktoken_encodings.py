@@ -346,7 +346,7 @@ def _error(result: subprocess.CompletedProcess[str]) -> str:
     ("name", "file"),
     [
         ("p50k_base", "ec7223a39ce59f226a68acc30dc1af2788490e15"),
-        ("gpt2", "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"),
+        pytest.param("gpt2", "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4", marks=pytest.mark.slow),
     ],
 )
 def test_neither_network_nor_cache_says_what_to_do(name: str, file: str, tmp_path: Path) -> None:
@@ -362,6 +362,7 @@ def test_damaged_cache_file_is_named_as_such(tmp_path: Path) -> None:
     assert f"the copy in {tmp_path} is damaged" in message
 
 
+@pytest.mark.slow
 def test_ranks_are_kept_in_the_users_cache_directory(tiktoken_ranks: None, tmp_path: Path) -> None:
     source = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere")) / "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"
     if not source.exists():

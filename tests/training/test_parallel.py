@@ -30,12 +30,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "medassist_deepseek": {"num_nextn_predict_layers": 1, "router_aux_loss_coef": 0.1},
 }
 WAYS = {"ddp": {"strategy": "ddp"}, "fsdp": {"strategy": "fsdp"}, "tensor": {"tensor": 2}}
-EQUAL = {
-    f"{model}-{optimizer}-{way}": Case(model, optimizer, changes=CHANGES.get(model, {}), **settings)  # type: ignore[arg-type]
-    for model in registry.REGISTRY
-    for optimizer in ("adamw", "muon")
-    for way, settings in WAYS.items()
-}
+EQUAL, MORE = (
+    {
+        f"{model}-{optimizer}-{way}": Case(model, optimizer, changes=CHANGES.get(model, {}), **settings)  # type: ignore[arg-type]
+        for model in registry.REGISTRY
+        for optimizer in ("adamw", "muon")
+        for way, settings in WAYS.items()
+        if (optimizer == "adamw" or model == "medassist_deepseek") is quick
+    }
+    for quick in (True, False)
+)
 FIFTY = {way: Case("medassist_gpt", strategy=way, steps=50, dtype="float32") for way in ("ddp", "fsdp")}
 HALF = {way: Case("medassist_deepseek", strategy=way, precision="bfloat16", dtype="float32") for way in ("ddp", "fsdp")}
 FOUR = [Case("medassist_gpt", tensor=2), Case("medassist_deepseek", "muon", tensor=2), Case("gpt", "muon", "fsdp")]
@@ -72,6 +76,11 @@ def on_ranks(count: int, cases: list[Case], folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def two_ranks_more(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return on_ranks(2, list(MORE.values()), tmp_path_factory.mktemp("more"))
+
+
+@pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return on_ranks(2, [*EQUAL.values(), *FIFTY.values(), *HALF.values()], tmp_path_factory.mktemp("two"))
 
@@ -93,14 +102,24 @@ def assert_equal(found: dict[str, Any], want: dict[str, Any]) -> None:
         torch.testing.assert_close(found[name], want[name], rtol=1e-10, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", EQUAL.values(), ids=EQUAL)
-def test_two_ranks_train_as_one_does(two_ranks: dict[str, Any], case: Case) -> None:
-    """The state has the selection biases of experts, too."""
+def assert_as_one(two_ranks: dict[str, Any], case: Case) -> None:
     found, want = two_ranks[case.name], alone(case)
     assert_equal(found, want)
     assert found["strategy"] == ("single" if case.tensor == 2 else case.strategy)
     assert bool(found["shared"]) == (case.strategy != "ddp")
     assert float(want["norms"].min()) > 1  # so that the gradient was clipped
+
+
+@pytest.mark.parametrize("case", EQUAL.values(), ids=EQUAL)
+def test_two_ranks_train_as_one_does(two_ranks: dict[str, Any], case: Case) -> None:
+    """The state has the selection biases of experts, too."""
+    assert_as_one(two_ranks, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE.values(), ids=MORE)
+def test_two_ranks_train_as_one_does_by_muon(two_ranks_more: dict[str, Any], case: Case) -> None:
+    assert_as_one(two_ranks_more, case)
 
 
 @pytest.mark.parametrize("case", FIFTY.values(), ids=FIFTY)

@@ -105,7 +105,8 @@ def printed(*arguments: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers outlive their supervisor there")
-@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 3])
 def test_kills_of_the_gateway_under_load_lose_nothing_and_count_nothing_twice(
     tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
